@@ -1,0 +1,124 @@
+"""Files written whole or not at all, and the small checks that come before a long write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from showtell.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: the guard within one process remains
+    fcntl = None
+
+_held: set[Path] = set()  # by this process, whose own file locks do not exclude each other
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; on success it is flushed to disk and renamed to `path`.
+
+    A reader sees the old file or the new one, never half of one; a failure leaves the old file and no rubbish.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a checkpoint is as readable as any other
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` as UTF-8, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -> None:
+    """Writes `value` as JSON, atomically."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def lock(folder: str | os.PathLike, doing: str) -> Iterator[None]:
+    """Holds a folder for one writer; the system lets go of it whenever the process ends, killed or not.
+
+    Args:
+        folder: made if it is not there.
+        doing: what the holder does, for the sentence that another process gets: "is training in".
+
+    Raises:
+        UserError: somebody else holds it.
+    """
+    folder = Path(folder).absolute()
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+
+    def refuse(holder: str) -> UserError:
+        return UserError(f"{holder} {doing} {folder}; wait until it ends, stop it, or choose another folder")
+
+    if folder in _held:
+        raise refuse(me)
+    _held.add(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "a+", encoding="utf-8") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would pass to forked workers
+                except (BlockingIOError, PermissionError):
+                    file.seek(0)
+                    raise refuse(file.read().strip() or "another process") from None
+                except OSError:
+                    pass  # some network file systems have no locks
+            file.truncate(0)
+            file.write(me)
+            file.flush()
+            yield
+    finally:
+        _held.discard(folder)
+
+
+def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
+    """Refuses a long write that the disk cannot hold, before it starts.
+
+    Raises:
+        UserError: the disk of `folder` has less than `needed_bytes` free.
+    """
+    folder = Path(folder).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes:
+        raise UserError(
+            f"{what} needs {readable_size(needed_bytes)} and {folder} has {readable_size(free)} free; "
+            "make room there or choose another folder"
+        )
+
+
+def readable_size(n_bytes: float) -> str:
+    """`1536` -> `1.5 KB`: a size for people."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} bytes" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TB"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

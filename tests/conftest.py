@@ -1,0 +1,185 @@
+"""What every test gets: no network, a fixed seed, few threads; and the fixtures for what a machine may lack.
+
+A test marked `java`, `browser`, `gpu` or `realdata` skips, with the reason, where its need is not met.
+`pytest --tidy` (as `make test` calls it) fails when the tests changed the work tree.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = Path(__file__).resolve().parent / "offline"
+
+# Before torch or numpy is imported, and inherited by every process that a test starts.
+os.environ["SHOWTELL_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault("MPLBACKEND", "Agg")
+for library in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(library, "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+
+def _offline():
+    """The module of `tests/offline`, by its path: its name is taken by the system's own on some machines."""
+    spec = importlib.util.spec_from_file_location("showtell_offline", OFFLINE / "sitecustomize.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_offline().block()
+
+try:
+    import hypothesis
+except ModuleNotFoundError:  # a machine that has pytest alone runs what needs no more
+    pass
+else:
+    hypothesis.settings.register_profile("showtell", derandomize=True, deadline=None, database=None)
+    hypothesis.settings.load_profile("showtell")
+
+
+# ---- The same randomness for every test, in whatever order -------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Seeds Python, and numpy and torch where they are loaded (a fresh torch is seeded by itself)."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if hasattr(sys.modules.get("torch"), "manual_seed"):
+        sys.modules["torch"].manual_seed(0)
+
+
+# ---- Needs that a machine may not meet ---------------------------------------------------------------------------
+
+
+def _folder_named_by(variable: str) -> Path:
+    """The folder in an environment variable; skips where it is unset, fails where it names nothing."""
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set: no real data here")
+    folder = Path(value)
+    if not folder.is_dir():
+        pytest.fail(f"{variable} is {value}, which is not a folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets."""
+    return _folder_named_by("SHOWTELL_DATA")
+
+
+@pytest.fixture(scope="session")
+def flickr8k(shared_data: Path) -> Path:
+    """The folder of Flickr8k, in its official layout."""
+    folder = shared_data / "flickr8k"
+    if not folder.is_dir():
+        pytest.skip(f"no flickr8k in {shared_data}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights() -> Path:
+    """The folder of pretrained weights."""
+    return _folder_named_by("SHOWTELL_WEIGHTS")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of a Chromium that playwright can drive (`executable_path=`; with `--no-sandbox` for root)."""
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed")
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if path := shutil.which(name):
+            return path
+    pytest.skip("no chromium on the path")
+
+
+FIXTURE_MARKS = {"shared_data": "realdata", "flickr8k": "realdata", "weights": "realdata", "chromium": "browser"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test by the fixtures it asks for, so that the two cannot disagree."""
+    for item in items:
+        for fixture in FIXTURE_MARKS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(FIXTURE_MARKS[fixture])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test whose mark names something this machine lacks."""
+    if item.get_closest_marker("java"):
+        if shutil.which("java") is None:
+            pytest.skip("no java on the path")
+        if importlib.util.find_spec("pycocoevalcap") is None:
+            pytest.skip("pycocoevalcap is not installed")
+    if item.get_closest_marker("realdata") and not {"SHOWTELL_DATA", "SHOWTELL_WEIGHTS"} & os.environ.keys():
+        pytest.skip("neither SHOWTELL_DATA nor SHOWTELL_WEIGHTS is set: no real data here")
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+# ---- The work tree before and after ------------------------------------------------------------------------------
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tidy", action="store_true", help="fail when the tests changed the work tree (needs git)")
+
+
+def work_tree(folder: Path = ROOT) -> set[str] | None:
+    """What git sees that is not committed: the new files, and each changed line; None where git cannot say."""
+    lines: set[str] = set()
+    for command in (["status", "--porcelain", "--untracked-files=all"], ["diff", "--full-index"]):
+        try:
+            result = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, errors="replace")
+        except FileNotFoundError:
+            return None
+        if result.returncode:
+            return None
+        lines.update(result.stdout.splitlines())
+    return lines
+
+
+TREE_BEFORE = pytest.StashKey[set]()
+TREE_CHANGES = pytest.StashKey[list]()
+
+
+def _watches(config: pytest.Config) -> bool:
+    return config.getoption("--tidy") and not hasattr(config, "workerinput")  # not in each process of pytest-xdist
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if _watches(session.config):
+        session.config.stash[TREE_BEFORE] = work_tree()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the summary is written
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    before = session.config.stash.get(TREE_BEFORE, None)
+    if before is None:
+        return
+    session.config.stash[TREE_CHANGES] = sorted((work_tree() or set()) ^ before)
+    if session.config.stash[TREE_CHANGES] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if changes := config.stash.get(TREE_CHANGES, []):
+        terminalreporter.section("the tests changed the work tree (they may write under tmp_path alone)", red=True)
+        for line in changes[:40]:
+            terminalreporter.write_line(line)
