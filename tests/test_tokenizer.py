@@ -1,0 +1,166 @@
+"""The tokenisers against their originals: NLTK's word_tokenize, and coco-caption's PTB tokeniser."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from showtell.tokenizer import _ABBREVIATIONS, TOKENIZERS, ptb, treebank, words
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text(encoding="utf-8"))
+GOLDEN_TOKENS = {
+    text: tokens
+    for image, expected in GOLDEN["tokens"].items()
+    for text, tokens in zip(
+        [*GOLDEN["references"][image], GOLDEN["candidates"][image]],
+        [*expected["references"], expected["candidate"]],
+        strict=True,
+    )
+}
+
+# Pieces that a sentence is made of here; the awkward ones are over-represented.
+PIECES = (
+    "a dog A The man's dogs' don't can't it's U.S. Mr. St. mr. no. p.m. 5 12. 1,000 3.5 1/2 10:30 t-shirt and/or w/ $5 "
+    "£3 50% #1 @me R&B ... .. -- - – — , . ? ! ; : ' \" `` '' ( ) [ ] { } & * / + = < > ~ _ \\ « » “ ” ‘ ’ café 中文 … "
+    "dog. cannot gonna wanna gimme 'tis 'twas d'ye more'n n't I'm we've she'll 'n' o'clock e.g. etc. 3D a.m J.K. x. b. "
+    "2. \t é"
+).split(" ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A man's dog, on 2 skis.", "a man 's dog , on 2 skis ."),
+        ("A slice of pie. his hat", "a slice of pie . his hat"),
+        ('He said "go." Then (he) went!', "he said `` go . '' then ( he ) went !"),
+        ("A U.S. flag on St. James St. at 5 p.m. today", "a u.s. flag on st. james st. at 5 p.m. today"),
+        ("I cannot, gonna don't; 1,000 -- 3.5...", "i can not , gon na do n't ; 1,000 -- 3.5 ..."),
+        ("", ""),
+        ("  .  ", "."),
+    ],
+)
+def test_treebank_cuts_like_nltk(text, expected):
+    assert treebank(text) == expected.split()
+
+
+def _word_tokenize():
+    """NLTK's `word_tokenize(text.lower())`, with our abbreviations for its sentence model, which is a download."""
+    pytest.importorskip("nltk")
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(_ABBREVIATIONS)
+    sentences, tokens = PunktSentenceTokenizer(parameters), NLTKWordTokenizer()
+    return lambda text: [token for s in sentences.tokenize(text.lower()) for token in tokens.tokenize(s)]
+
+
+def test_treebank_equals_nltk_on_the_golden_sentences():
+    nltk = _word_tokenize()
+    assert {text: treebank(text) for text in GOLDEN_TOKENS} == {text: nltk(text) for text in GOLDEN_TOKENS}
+
+
+def test_treebank_equals_nltk_on_anything():
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    nltk = _word_tokenize()
+    piece = st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " ", " "])).map("".join)
+
+    @hypothesis.settings(max_examples=600)
+    @hypothesis.given(st.lists(piece, max_size=8).map("".join))
+    def check(text):
+        assert treebank(text) == nltk(text)
+
+    check()
+
+
+def _real_captions(shared_data: Path) -> list[str]:
+    folder = shared_data / "captions_text"
+    if not folder.is_dir():
+        pytest.skip(f"no captions_text in {shared_data}")
+    texts = [gzip.decompress(path.read_bytes()).decode("utf-8") for path in sorted(folder.glob("*.gz"))]
+    return [line.split("\t")[-1] for text in texts for line in text.rstrip("\n").split("\n")]
+
+
+def test_treebank_equals_nltk_on_real_captions_and_is_fast(shared_data):
+    captions = _real_captions(shared_data)
+    assert len(captions) > 300_000
+    start = time.process_time()
+    ours = [treebank(caption) for caption in captions]
+    assert time.process_time() - start < 15  # about 2.5 s on a free core; NLTK takes half a minute
+    nltk = _word_tokenize()
+    odd = [i for i, caption in enumerate(captions) if i % 40 == 0 or not caption.replace(" ", "").rstrip(".").isalnum()]
+    assert [ours[i] for i in odd] == [nltk(captions[i]) for i in odd]
+
+
+@pytest.mark.parametrize("text", GOLDEN_TOKENS)
+def test_ptb_equals_the_reference_on_the_golden_sentences(text):
+    assert " ".join(ptb(text)) == GOLDEN_TOKENS[text]
+
+
+def test_ptb_equals_the_reference_on_every_caption_of_the_coco_file(shared_data):
+    path = shared_data.parent / "reference" / "metrics" / "coco_val2017_a.json.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} beside the data")
+    golden = json.loads(gzip.decompress(path.read_bytes()))
+    assert len(golden["tokens"]) == 2500
+    for image, expected in golden["tokens"].items():
+        assert [" ".join(ptb(text)) for text in golden["references"][image]] == expected["references"]
+        assert " ".join(ptb(golden["candidates"][image])) == expected["candidate"]
+
+
+@pytest.mark.java
+def test_ptb_agrees_with_java_on_nearly_any_heap_of_pieces():
+    import random
+
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    rng = random.Random(0)
+    # "zzz" at the end: Java looks into the next line of its file after a single letter and a period.
+    texts = ["".join(rng.choice(PIECES) + rng.choice(["", " ", " "]) for _ in range(5)) + " zzz" for _ in range(3000)]
+    java = PTBTokenizer().tokenize({i: [{"caption": text}] for i, text in enumerate(texts)})
+    same = sum(" ".join(ptb(text)) == java[i][0] for i, text in enumerate(texts))
+    assert same >= 0.98 * len(texts)
+
+
+def test_words_keeps_letters_digits_and_apostrophes():
+    assert words("A man's 2 dogs, café-style.") == ["a", "man's", "2", "dogs", "caf", "style"]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize(
+    "text",
+    ["", " \n\t", "😀", "一只狗", "كلب يركض", "a\x00b\ud800", "." * 5000, "a, " * 10_000, "x" * 20_000, "(" * 3000],
+)
+def test_no_tokeniser_stumbles(name, text):
+    tokens = TOKENIZERS[name](text)
+    assert all(isinstance(token, str) and token for token in tokens)
+    assert TOKENIZERS[name](text) == tokens
+
+
+@pytest.mark.parametrize("cut", [treebank, ptb])
+def test_ten_thousand_words_take_no_time(cut):
+    text = "The dog's ball, no. 7, wasn't 1,000 years old. " * 1200
+    start = time.process_time()
+    assert len(cut(text)) > 10_000
+    assert time.process_time() - start < 5
+
+
+def test_tokenising_imports_neither_torch_nor_nltk():
+    code = (
+        "import sys, showtell.tokenizer as t; t.treebank('it\\'s a dog. a cat'); t.ptb('it\\'s'); "
+        "import showtell.metrics, showtell.scoring; print([m for m in ('torch', 'nltk', 'java') if m in sys.modules])"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=root
+    )
+    assert answer.stdout.strip() == "[]"
