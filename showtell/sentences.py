@@ -1,0 +1,326 @@
+"""What can be said of a scene of coloured shapes: true sentences about it, and a judge of any sentence.
+
+The grammar, in which a group is one thing or two or three equal ones:
+
+    sentence = [opener] group {(relation | "and") group}     a small red circle left of two blue squares
+             | place verb group {(relation | "and") group}   in the top left is a red circle
+             | relation group verb group                     above a blue square is a red circle
+    group    = [number] [size] color shape [place]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import permutations
+from random import Random
+from typing import NoReturn
+
+from showtell.errors import UserError
+
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (44, 150, 66),
+    "blue": (38, 84, 196),
+    "yellow": (240, 200, 20),
+    "purple": (134, 60, 176),
+    "orange": (242, 128, 24),
+    "black": (26, 26, 30),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIZES = ("small", "large")
+NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
+OPENERS = ("there", "here", "a picture of")
+RELATIONS = ("left of", "right of", "above", "below")
+PLACES = {
+    "in the top left": ("top", "left"),
+    "in the top right": ("top", "right"),
+    "in the bottom left": ("bottom", "left"),
+    "in the bottom right": ("bottom", "right"),
+    "in the center": ("center",),
+    "at the top": ("top",),
+    "at the bottom": ("bottom",),
+    "on the left": ("left",),
+    "on the right": ("right",),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One drawn shape: its centre `x`, `y` (0 to 1, down and right) and `radius`, as parts of the picture's side."""
+
+    shape: str
+    color: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def kind(self) -> tuple[str, str, str]:
+        """What makes two things equal: (size, color, shape)."""
+        return self.size, self.color, self.shape
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is in one picture: the things and the background's RGB."""
+
+    things: tuple[Thing, ...]
+    background: tuple[int, int, int] = (255, 255, 255)
+
+    def groups(self) -> list[tuple[Thing, ...]]:
+        """The things, equal ones together: what a sentence calls "a red circle" or "two red circles"."""
+        kinds = dict.fromkeys(thing.kind for thing in self.things)
+        return [tuple(thing for thing in self.things if thing.kind == kind) for kind in kinds]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `check` found.
+
+    `true` says that everything in the sentence holds, `complete` that number, colour and shape of everything drawn are
+    named (a bare singular, "red circle", names the number one). `problems` is empty only if both are so.
+    """
+
+    true: bool
+    complete: bool
+    problems: list[str]
+
+
+def describe(scene: Scene, n: int = 5, seed: int = 0) -> list[str]:
+    """Says `n` differing sentences of 4 to 16 words, each true and complete; the same arguments say the same.
+
+    They differ in the order of the groups, in openers, articles, sizes, places and relations. Only places and
+    relations that are clear to the eye are said; `check` accepts a little more.
+
+    Raises:
+        UserError: the scene has fewer than `n` sentences (every scene of `scene` has at least 6).
+    """
+    rng = Random(f"{seed}/{scene!r}")
+    groups = scene.groups()
+    sentences: dict[str, None] = {}
+    for _ in range(60 * (n + 1)):
+        if len(sentences) == n:
+            break
+        sentence = _sentence(rng, groups)
+        if 4 <= len(sentence.split()) <= 16:
+            sentences[sentence] = None
+    if len(sentences) < n:
+        raise UserError(f"only {len(sentences)} differing sentences were found for a scene; ask for {n} of fewer")
+    return list(sentences)
+
+
+def check(sentence: str, scene: Scene) -> Verdict:
+    """Judges a sentence of the grammar, from a model or a person; capitals and a final period do not matter.
+
+    A group's name must fit a group of the scene exactly in number; "left of" must hold for every thing of both groups
+    and not be a far diagonal; a place after a name is that group's place. What cannot be parsed is not true.
+    """
+    try:
+        mentions, links = _Parser(sentence).parse()
+    except _GrammarError as error:
+        return Verdict(False, False, [str(error)])
+    groups = scene.groups()
+    if len(mentions) > len(groups):
+        return Verdict(False, False, [f"the sentence names {len(mentions)} groups and the picture has {len(groups)}"])
+    # Which name means which group is not said: the reading that leaves least to object to.
+    verdicts = [_judge(mentions, links, chosen, groups) for chosen in permutations(groups, len(mentions))]
+    return min(verdicts, key=lambda verdict: (not verdict.true, not verdict.complete, len(verdict.problems)))
+
+
+def pick(rng: Random, options: Sequence):
+    """One of the options, the same for ever: Python promises that of `random()` and not of `choice`."""
+    return options[int(rng.random() * len(options))]
+
+
+def related(first: Sequence[Thing], relation: str, second: Sequence[Thing], clearly: bool = False) -> bool:
+    """Whether every thing of `first` is left of (…) every thing of `second`, and that is not a mere side effect."""
+    if relation in ("right of", "below"):
+        return related(second, {"right of": "left of", "below": "above"}[relation], first, clearly)
+    along, across = ("x", "y") if relation == "left of" else ("y", "x")
+    gap = min(getattr(b, along) for b in second) - max(getattr(a, along) for a in first)
+
+    def apart(axis: str) -> float:
+        return sum(getattr(b, axis) for b in second) / len(second) - sum(getattr(a, axis) for a in first) / len(first)
+
+    least_gap, least_slope = (0.12, 0.8) if clearly else (0.08, 0.5)
+    return gap >= least_gap and apart(along) >= least_slope * abs(apart(across))
+
+
+def _placed(group: Sequence[Thing], place: str, clearly: bool = False) -> bool:
+    """Whether every thing's centre is in that part of the picture."""
+    edge, middle = (0.35, 0.09) if clearly else (0.42, 0.14)
+    inside = {
+        "left": lambda x, y: x < edge,
+        "right": lambda x, y: x > 1 - edge,
+        "top": lambda x, y: y < edge,
+        "bottom": lambda x, y: y > 1 - edge,
+        "center": lambda x, y: max(abs(x - 0.5), abs(y - 0.5)) < middle,
+    }
+    return all(inside[word](thing.x, thing.y) for thing in group for word in PLACES[place])
+
+
+def _sentence(rng: Random, groups: Sequence[Sequence[Thing]]) -> str:
+    groups = list(groups) if rng.random() < 0.5 else list(groups)[::-1]
+    style = rng.random()
+    number = "" if style < 0.12 else "one" if style < 0.24 else "a"
+    names = [_name(rng, group, number) for group in groups]
+    relations = [r for r in RELATIONS if len(groups) == 2 and related(groups[0], r, groups[1], clearly=True)]
+    if not (relations and rng.random() < 0.6):
+        places = [_clear_place(rng, group) if rng.random() < 0.35 else "" for group in groups]
+        if number and places[0] and rng.random() < 0.2:
+            return " and ".join([f"{places[0]} {_verb(groups[0])} {names[0]}", *names[1:]])
+        body = " and ".join(f"{name} {place}".strip() for name, place in zip(names, places, strict=True))
+    else:
+        relation = pick(rng, relations)
+        if number and rng.random() < 0.12:
+            return f"{relation} {names[1]} {_verb(groups[0])} {names[0]}"
+        place = _clear_place(rng, groups[1]) if rng.random() < 0.15 else ""
+        body = f"{names[0]} {relation} {names[1]} {place}".strip()
+    if not number or rng.random() < 0.6:
+        return body
+    opener = pick(rng, OPENERS)
+    return f"{opener} {body}" if opener.endswith("of") else f"{opener} {_verb(groups[0])} {body}"
+
+
+def _name(rng: Random, group: Sequence[Thing], number: str) -> str:
+    thing = group[0]
+    words = [thing.size] if rng.random() < 0.8 else []
+    words += [thing.color, thing.shape if len(group) == 1 else _plural(thing.shape)]
+    if len(group) > 1:
+        number = {2: "two", 3: "three"}[len(group)]
+    elif number == "a":
+        number = _article(words[0])
+    return " ".join([number, *words]).strip()
+
+
+def _clear_place(rng: Random, group: Sequence[Thing]) -> str:
+    places = [place for place in PLACES if _placed(group, place, clearly=True)]
+    return pick(rng, places) if places else ""
+
+
+def _verb(group: Sequence[Thing]) -> str:
+    return "is" if len(group) == 1 else "are"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def _plural(shape: str) -> str:
+    return "crosses" if shape == "cross" else f"{shape}s"
+
+
+_NOUNS = {noun: shape for shape in SHAPES for noun in (shape, _plural(shape))}
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """A group as a sentence names it; `number` is None for a bare plural, `size` and `place` where they are unsaid."""
+
+    text: str
+    number: int | None
+    size: str | None
+    color: str
+    shape: str
+    place: str | None
+
+
+class _GrammarError(Exception):
+    pass
+
+
+class _Parser:
+    """Reads one sentence of the module's grammar into its mentions and the relations between them."""
+
+    def __init__(self, sentence: str):
+        self.words = sentence.strip().lower().removesuffix(".").split()
+        self.at = 0
+
+    def parse(self) -> tuple[list[_Mention], list[tuple[int, str, int]]]:
+        """The mentions, and links (i, relation, j) that say "mention i is left of mention j"."""
+        if relation := self.one_of(RELATIONS):
+            other, verb = self.mention(), self.verb()
+            mentions, links = [self.mention(), other], [(0, relation, 1)]
+        else:
+            place = self.one_of(PLACES)
+            opener = None if place else self.one_of(OPENERS)
+            verb = self.verb() if place or opener in ("there", "here") else None
+            first = self.mention()
+            if place and first.place:
+                raise _GrammarError(f'"{first.text}" is said to be in two places')
+            mentions, links = [replace(first, place=place or first.place)], []
+            while (word := self.one_of((*RELATIONS, "and"))) is not None:
+                mentions.append(self.mention())
+                if word != "and":
+                    links.append((len(mentions) - 2, word, len(mentions) - 1))
+        if verb and (verb == "is") != (mentions[0].number == 1):
+            raise _GrammarError(f'"{verb}" does not agree with "{mentions[0].text}"')
+        if self.at < len(self.words):
+            self.fail("the end")
+        return mentions, links
+
+    def mention(self) -> _Mention:
+        start = self.at
+        article = self.one_of(NUMBERS)
+        size = self.one_of(SIZES)
+        color = self.one_of(COLORS) or self.fail("a color")
+        shape = self.one_of(_NOUNS) or self.fail("a shape")
+        text = " ".join(self.words[start : self.at])
+        number = NUMBERS[article] if article else 1 if shape in SHAPES else None
+        if (number == 1) != (shape in SHAPES):
+            raise _GrammarError(f'"{text}" does not agree in number')
+        if article in ("a", "an") and article != _article(size or color):
+            raise _GrammarError(f'"{text}" has the wrong article')
+        return _Mention(text, number, size, color, _NOUNS[shape], self.one_of(PLACES))
+
+    def verb(self) -> str:
+        return self.one_of(("is", "are")) or self.fail('"is" or "are"')
+
+    def one_of(self, phrases: Iterable[str]) -> str | None:
+        """Takes the phrase that comes next, if it is one of these; none of them begins another."""
+        for phrase in phrases:
+            words = phrase.split()
+            if self.words[self.at : self.at + len(words)] == words:
+                self.at += len(words)
+                return phrase
+        return None
+
+    def fail(self, expected: str) -> NoReturn:
+        found = f'"{self.words[self.at]}"' if self.at < len(self.words) else "the end"
+        raise _GrammarError(f"word {self.at + 1}: {expected} was expected and {found} found")
+
+
+def _judge(
+    mentions: list[_Mention],
+    links: list[tuple[int, str, int]],
+    chosen: Sequence[Sequence[Thing]],
+    groups: list[tuple[Thing, ...]],
+) -> Verdict:
+    """The verdict if mention i means the group `chosen[i]`."""
+    wrong, vague, named = [], [], []
+    for mention, group in zip(mentions, chosen, strict=True):
+        size, color, shape = group[0].kind
+        number_fits = len(group) == mention.number or (mention.number is None and len(group) > 1)
+        if not (number_fits and (mention.color, mention.shape) == (color, shape)):
+            wrong.append(f'there is no "{mention.text}"; nearest to it is {_say(group)}')
+            continue
+        named.append(group)
+        if mention.number is None:
+            vague.append(f'"{mention.text}" does not say how many')
+        if mention.size not in (None, size):
+            wrong.append(f"{_say(group)} is not {mention.size}")
+        if mention.place and not _placed(group, mention.place):
+            wrong.append(f"{_say(group)} is not {mention.place}")
+    for i, relation, j in links:
+        if not related(chosen[i], relation, chosen[j]):
+            wrong.append(f"{_say(chosen[i])} is not {relation} {_say(chosen[j])}")
+    vague += [f"{_say(group)} is not named" for group in groups if group not in named]
+    return Verdict(not wrong, not vague, wrong + vague)
+
+
+def _say(group: Sequence[Thing]) -> str:
+    number = "the" if len(group) == 1 else f"the {len(group)}"
+    noun = group[0].shape if len(group) == 1 else _plural(group[0].shape)
+    return f"{number} {group[0].size} {group[0].color} {noun}"
