@@ -1,0 +1,537 @@
+"""Each layout is read as it is meant, splits are by image, and what is wrong with a folder is said with its path."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from showtell.datasets import READERS, load
+from showtell.errors import MissingFileError, UserError
+from showtell.synthetic import check, describe, draw, export_coco, scene
+
+
+def write_pictures(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(names):
+        Image.new("RGB", (8, 8), (number * 10 % 256, 0, 0)).save(folder / name)
+
+
+def write_json(path: Path, value: object, encoding: str = "utf-8") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value), encoding=encoding)
+    return path
+
+
+def split_ids(name: str, folder: Path, splits=("train", "val", "test"), **options) -> list[set]:
+    return [set(load(name, folder, split, **options).image_ids) for split in splits]
+
+
+# ---- COCO --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    export_coco(tmp_path / "coco", n_train=6, n_val=3, size=32)
+    return tmp_path / "coco"
+
+
+def captions_file(coco: Path) -> tuple[Path, dict]:
+    path = coco / "annotations" / "captions_train2017.json"
+    return path, json.loads(path.read_text())
+
+
+def test_a_coco_folder(coco):
+    train, val = load("coco", coco), load("coco", str(coco), "val")
+    assert (len(train), len(val)) == (6, 3)
+    assert (train.name, train.split, val.split) == ("coco", "train", "val")
+    assert train.image_ids == [1, 2, 3, 4, 5, 6]
+    assert not set(train.image_ids) & set(val.image_ids)
+    assert train.captions[2] == describe(scene(2))
+    assert list(train.all_captions()) == [c for i in range(6) for c in describe(scene(i))]
+    assert torch.equal(train.image(2), torch.from_numpy(draw(scene(2), 32)).permute(2, 0, 1))
+    assert Path(train.path(2)) == coco / "train2017" / "000000000003.png"
+    assert (train.missing, train.empty) == ([], 0)
+    assert repr(train) == "<CaptionSet coco train: 6 images, 30 captions>"
+
+
+def test_coco_2014_in_an_images_folder_and_the_year_option(coco):
+    for split in ("train", "val"):
+        (coco / "images").mkdir(exist_ok=True)
+        (coco / f"{split}2017").rename(coco / "images" / f"{split}2014")
+        old = coco / "annotations" / f"captions_{split}2017.json"
+        old.rename(old.with_name(f"captions_{split}2014.json"))
+    assert len(load("coco", coco, "val")) == len(load("coco", coco, "val", year=2014)) == 3
+    with pytest.raises(MissingFileError, match=r"there is no .*captions_train2017\.json"):
+        load("coco", coco, year=2017)
+
+
+def test_one_years_validation_never_meets_the_others_training(coco):
+    """2014's validation images are among 2017's training images."""
+    val = coco / "annotations" / "captions_val2017.json"
+    val.rename(val.with_name("captions_val2014.json"))
+    with pytest.raises(MissingFileError, match=r"there is no .*captions_val2017\.json"):
+        load("coco", coco, "val")
+
+
+def test_a_byte_order_mark_does_no_harm(coco):
+    path, values = captions_file(coco)
+    write_json(path, values, encoding="utf-8-sig")
+    assert len(load("coco", coco)) == 6
+
+
+def test_missing_pictures_are_named_counted_and_skipped_up_to_a_limit(coco):
+    for number in (2, 5):
+        (coco / "train2017" / f"{number:012d}.png").unlink()
+    skipped = load("coco", coco, max_missing=2)
+    assert skipped.image_ids == [1, 3, 4, 6]
+    assert skipped.missing == ["000000000002.png", "000000000005.png"]
+    assert skipped.captions[1] == describe(scene(2))
+    assert repr(skipped) == "<CaptionSet coco train: 4 images, 20 captions, 2 files missing>"
+    message = (
+        r"2 of 6 pictures of coco train are not in .*train2017 \(000000000002.png, 000000000005.png\); at most 0 may"
+    )
+    for options in ({}, {"on_missing": "error"}):
+        with pytest.raises(MissingFileError, match=message):
+            load("coco", coco, **options)
+    with pytest.raises(MissingFileError, match="at most 1 may be missing"):
+        load("coco", coco, max_missing=1)
+    with pytest.raises(UserError, match="on_missing='ignore' is not known; write skip or error"):
+        load("coco", coco, on_missing="ignore")
+
+
+def test_the_default_limit_is_a_tenth(tmp_path):
+    export_coco(tmp_path, n_train=10, n_val=1, size=16)
+    (tmp_path / "train2017" / "000000000004.png").unlink()
+    assert load("coco", tmp_path).missing == ["000000000004.png"]
+    (tmp_path / "train2017" / "000000000005.png").unlink()
+    with pytest.raises(MissingFileError, match="2 of 10 pictures"):
+        load("coco", tmp_path)
+
+
+def test_empty_captions_are_dropped_and_counted_and_spaces_tidied(coco):
+    path, values = captions_file(coco)
+    values["annotations"][0]["caption"] = " \n"
+    values["annotations"][1]["caption"] = " a  star\nhere "
+    for annotation in values["annotations"][5:10]:
+        annotation["caption"] = ""
+    write_json(path, values)
+    read = load("coco", coco)
+    assert read.empty == 6
+    assert read.image_ids == [1, 3, 4, 5, 6]  # image 2 has no caption left
+    assert read.captions[0][0] == "a star here"
+    assert len(read.captions[0]) == 4
+
+
+def change(values: dict, what: str) -> object:
+    """A captions json with one thing wrong."""
+    if what == "image twice":
+        values["images"].append(values["images"][0])
+    elif what == "annotation twice":
+        values["annotations"].append(values["annotations"][0])
+    elif what == "stranger":
+        values["annotations"][3]["image_id"] = 99
+    elif what == "list":
+        return values["images"]
+    elif what == "no images":
+        del values["images"]
+    elif what == "dict of annotations":
+        values["annotations"] = {"1": "a star"}
+    elif what == "no file name":
+        del values["images"][1]["file_name"]
+    elif what == "no image id":
+        del values["annotations"][1]["image_id"]
+    elif what == "all empty":
+        for annotation in values["annotations"]:
+            annotation["caption"] = ""
+    return values
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("image twice", "lists the image id 1 twice; give each image its own id"),
+        ("annotation twice", "lists the annotation id 10 twice; give each caption its own id"),
+        ("stranger", "has a caption of the image id 99, which its images do not list"),
+        ("list", 'holds a json list; give COCO captions: an object with "images" and "annotations"'),
+        ("no images", "has no list named 'images'"),
+        ("dict of annotations", "has no list named 'annotations'"),
+        ("no file name", "has an entry without 'file_name'; give COCO's captions json"),
+        ("no image id", "has an entry without 'image_id'"),
+    ],
+)
+def test_a_wrong_captions_json_is_named(coco, what, sentence):
+    path, values = captions_file(coco)
+    write_json(path, change(values, what))
+    with pytest.raises(UserError) as caught:
+        load("coco", coco)
+    assert str(caught.value).startswith(f"{path} {sentence}")
+
+
+def test_captions_that_are_all_empty(coco):
+    path, values = captions_file(coco)
+    write_json(path, change(values, "all empty"))
+    with pytest.raises(UserError, match=r"no picture of coco train in .* has a caption; check the annotations"):
+        load("coco", coco)
+
+
+def test_the_instances_file_in_place_of_the_captions(coco):
+    path, _ = captions_file(coco)
+    path.with_name("instances_train2017.json").replace(path)
+    with pytest.raises(UserError, match=r"captions_train2017\.json holds no captions \(is it the instances file\?\)"):
+        load("coco", coco)
+
+
+@pytest.mark.parametrize(
+    ("data", "sentence"),
+    [
+        (b"{'images': []}", "is not json: Expecting property name"),
+        (b'{"images": [', "is not json: Expecting value"),
+        (b"", "is not json: Expecting value"),
+        (b'{"a": "\xff\xfe"}', "is not UTF-8 at byte 7; save it as UTF-8"),
+    ],
+)
+def test_a_file_that_is_not_json(coco, data, sentence):
+    path, _ = captions_file(coco)
+    path.write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        load("coco", coco)
+    assert str(caught.value).startswith(f"{path} {sentence}")
+
+
+# ---- load itself -------------------------------------------------------------------------------------------------
+
+
+def test_unknown_names_splits_options_and_folders(coco, tmp_path):
+    with pytest.raises(
+        UserError, match="no data set 'coko'; choose one of coco, karpathy, flickr8k, folder, synthetic"
+    ):
+        load("coko", coco)
+    with pytest.raises(UserError, match="the data set coco has no option yaer; it has max_missing, on_missing, year"):
+        load("coco", coco, yaer=2017)
+    with pytest.raises(UserError, match=r"needs the folder it is in; give data_dir \(--data-dir data/coco\)"):
+        load("coco")
+    with pytest.raises(
+        MissingFileError, match=r"there is no folder .*nowhere; give the folder that holds the coco data"
+    ):
+        load("coco", tmp_path / "nowhere")
+    with pytest.raises(
+        MissingFileError, match=r"there is no .*captions_train2017.json; give the folder that holds COCO's"
+    ):
+        load("coco", tmp_path)
+
+
+@pytest.mark.parametrize(("name", "split"), [(name, "trian") for name in READERS] + [("coco", "test")])
+def test_an_unknown_split_names_the_known_ones(name, split, tmp_path):
+    with pytest.raises(UserError, match=f"the data set {name} has no split '{split}'; choose one of train, val"):
+        load(name, tmp_path, split)
+
+
+# ---- Karpathy ----------------------------------------------------------------------------------------------------
+
+
+def karpathy_json(filepath: str | None = "val2014") -> dict:
+    images = []
+    for number, split in enumerate(["train", "restval", "val", "test", "train"]):
+        sentences = [{"raw": f"Caption {n} of {number}.", "tokens": []} for n in range(2)]
+        image = {"filename": f"p{number}.png", "split": split, "sentences": sentences, "imgid": number}
+        images.append(image | ({"filepath": filepath, "cocoid": 100 + number} if filepath else {}))
+    return {"images": images, "dataset": "coco"}
+
+
+NAMES = [f"p{number}.png" for number in range(5)]
+
+
+@pytest.mark.parametrize("under", ["val2014", "images/val2014"])
+def test_karpathys_coco_with_restval_in_training(tmp_path, under):
+    write_pictures(tmp_path / under, NAMES)
+    write_json(tmp_path / "dataset_coco.json", karpathy_json())
+    assert split_ids("karpathy", tmp_path) == [{100, 101, 104}, {102}, {103}]
+    test = load("karpathy", tmp_path, "test")
+    assert test.captions == [["Caption 0 of 3.", "Caption 1 of 3."]]
+    assert test.image(0)[0, 0, 0] == 30
+
+
+def test_karpathys_flickr8k_beside_an_images_folder(tmp_path):
+    write_pictures(tmp_path / "images", NAMES)
+    path = write_json(tmp_path / "elsewhere" / "splits.json", karpathy_json(None))
+    with pytest.raises(
+        MissingFileError, match=r"holds no dataset_\*\.json; name the json to read with the option annot"
+    ):
+        load("karpathy", tmp_path)
+    assert split_ids("karpathy", tmp_path, annotations=path) == [{0, 1, 4}, {2}, {3}]
+
+
+def test_wrong_karpathy_files(tmp_path):
+    write_pictures(tmp_path / "images", NAMES)
+    path = tmp_path / "dataset_flickr8k.json"
+    values = karpathy_json(None)
+    for change_it, sentence in [
+        (lambda v: v["images"][1].pop("split"), "has an image without 'split'; each needs filename, split and"),
+        (lambda v: v["images"][1].update(imgid=0), "lists the image id 0 twice"),
+        (lambda v: v["images"].__delitem__(3), "has no images of the split test; it has restval, train, val"),
+        (lambda v: v.update(images={}), "has no list named 'images'; give Karpathy's splits"),
+    ]:
+        wrong = json.loads(json.dumps(values))
+        change_it(wrong)
+        write_json(path, wrong)
+        with pytest.raises(UserError) as caught:
+            load("karpathy", tmp_path, "test")
+        assert str(caught.value).startswith(f"{path} {sentence}")
+
+
+# ---- Flickr8k ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_flickr8k(tmp_path: Path) -> Path:
+    write_pictures(tmp_path / "Flicker8k_Dataset", [f"{n}.jpg" for n in range(8)])
+    lines = [f"{n}.jpg#{k}\tA dog # {k} on picture {n} ." for n in range(8) for k in range(5)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join([*lines, "gone.jpg.1#0\tNo such picture .", ""]))
+    for name, numbers in (("train", (3, 1, 0, 4)), ("dev", (5,)), ("test", (6, 7))):
+        text = "".join(f"{n}.jpg\n" for n in numbers)
+        (tmp_path / f"Flickr_8k.{name}Images.txt").write_text(text)
+    return tmp_path
+
+
+def test_flickr8k_as_published(small_flickr8k):
+    train = load("flickr8k", small_flickr8k)
+    assert train.image_ids == ["3.jpg", "1.jpg", "0.jpg", "4.jpg"]
+    assert train.captions[1] == [f"A dog # {k} on picture 1 ." for k in range(5)]
+    assert train.image(0).shape == (3, 8, 8)
+    assert split_ids("flickr8k", small_flickr8k, ("val", "dev", "test")) == [{"5.jpg"}, {"5.jpg"}, {"6.jpg", "7.jpg"}]
+
+
+def test_wrong_flickr8k_folders(small_flickr8k):
+    tokens = small_flickr8k / "Flickr8k.token.txt"
+    good = tokens.read_text()
+    for text, sentence in [
+        (good + "8.jpg a dog\n", r"line 42 of .* is not `picture.jpg#0<tab>caption`"),
+        (good + "1.jpg#2\tA dog again .\n", r"line 42 of .* is a second 1.jpg#2"),
+    ]:
+        tokens.write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            load("flickr8k", small_flickr8k)
+    tokens.unlink()
+    with pytest.raises(MissingFileError, match=r"there is no file .*Flickr8k\.token\.txt"):
+        load("flickr8k", small_flickr8k)
+    tokens.write_text(good)
+    (small_flickr8k / "Flicker8k_Dataset").rename(small_flickr8k / "other")
+    with pytest.raises(MissingFileError, match=r"there is no folder .*images or .*Flicker8k_Dataset"):
+        load("flickr8k", small_flickr8k)
+
+
+# ---- One's own folder --------------------------------------------------------------------------------------------
+
+ROWS = [(f"{n}.png", f'picture {n}, said "{k}"') for n in range(4) for k in "ab"]
+EXPECTED = {f"{n}.png": [f'picture {n}, said "{k}"' for k in "ab"] for n in range(4)}
+
+
+def quoted(cell: str) -> str:
+    return '"' + cell.replace('"', '""') + '"'
+
+
+TABLES = {
+    "header.csv": "image,caption\n" + "".join(f"{f},{quoted(c)}\n" for f, c in ROWS),
+    "turned.csv": "text,FileName,length\r\n" + "".join(f"{quoted(c)},{f},3\r\n" for f, c in ROWS),
+    "bare.csv": "".join(f"{f},{quoted(c)}\n\n" for f, c in ROWS),
+    "bom.csv": "\ufefffile,sentence\n" + "".join(f"{f},{quoted(c)}\n" for f, c in ROWS),
+    "header.tsv": "path\tcaption\n" + "".join(f"{f}\t{c}\n" for f, c in ROWS),
+    "bare.tsv": "".join(f"{f}\t{c}\n" for f, c in ROWS),
+    "rows.json": json.dumps([{"file_name": f, "caption": c} for f, c in ROWS]),
+    "lists.json": json.dumps([{"image": f, "captions": c} for f, c in EXPECTED.items()]),
+    "mapping.json": json.dumps(EXPECTED),
+    "rows.jsonl": "\n".join(json.dumps({"image": f, "text": c}) for f, c in ROWS) + "\n",
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("under", [".", "images"])
+def test_a_table_and_pictures(tmp_path, table, under):
+    write_pictures(tmp_path / under, list(EXPECTED))
+    (tmp_path / table).write_bytes(TABLES[table].encode())
+    parts = [load("folder", tmp_path, split, val=0.25, test=0.25) for split in ("train", "val", "test")]
+    assert {f: c for part in parts for f, c in zip(part.image_ids, part.captions, strict=True)} == EXPECTED
+    assert sum(map(len, parts)) == 4
+    assert all(part.image(0).shape == (3, 8, 8) for part in parts)
+
+
+def own_folder(tmp_path: Path, n: int) -> Path:
+    names = [f"{number}.png" for number in range(n)]
+    write_pictures(tmp_path, names)
+    (tmp_path / "captions.csv").write_text("".join(f"{name},a picture\n{name},one more\n" for name in names))
+    return tmp_path
+
+
+def test_the_drawn_split_is_by_image_by_seed_and_by_part(tmp_path):
+    folder = own_folder(tmp_path, 200)
+    train, val, test = split_ids("folder", folder, val=0.2, test=0.1)
+    assert len(train | val | test) == len(train) + len(val) + len(test) == 200
+    assert 25 <= len(val) <= 55
+    assert 10 <= len(test) <= 32
+    assert split_ids("folder", folder, val=0.2, test=0.1) == [train, val, test]
+    assert split_ids("folder", folder, val=0.2, test=0.1, seed=1) != [train, val, test]
+    assert all(len(captions) == 2 for captions in load("folder", folder).captions)
+
+
+def test_new_pictures_move_no_old_one(tmp_path):
+    before = split_ids("folder", own_folder(tmp_path, 100))
+    after = split_ids("folder", own_folder(tmp_path, 160))
+    for old, new in zip(before, after, strict=True):
+        assert old <= new
+
+
+def test_even_three_pictures_fill_three_splits_and_one_is_for_training(tmp_path):
+    for seed in range(10):
+        assert [len(ids) for ids in split_ids("folder", own_folder(tmp_path / "3", 3), seed=seed)] == [1, 1, 1]
+    assert len(load("folder", own_folder(tmp_path / "1", 1))) == 1
+
+
+def test_splits_that_the_table_names(tmp_path):
+    write_pictures(tmp_path, list(EXPECTED))
+    table = tmp_path / "captions.csv"
+    table.write_text("image,caption,split\n0.png,a,train\n0.png,b,train\n1.png,c,dev\n2.png,d,Test\n3.png,e,train\n")
+    (tmp_path / "notes.json").write_text("{}")
+    assert split_ids("folder", tmp_path) == [{"0.png", "3.png"}, {"1.png"}, {"2.png"}]
+    table.write_text("0.png,a,train\n1.png,c,val\n")
+    assert split_ids("folder", tmp_path, ("train", "val")) == [{"0.png"}, {"1.png"}]
+    with pytest.raises(
+        UserError, match=r"none of the 2 images of .* is in the split test; add images or choose another"
+    ):
+        load("folder", tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        (
+            "t.csv",
+            "0.png,a man, with a hat\n",
+            "row 1 of .* has the split 'with a hat'; write train, val or test",
+        ),
+        (
+            "t.csv",
+            "0.png,a man\n1.png,a man, with a hat\n",
+            "line 2 of .* has 3 columns; .* quotation marks around a capt",
+        ),
+        ("t.csv", "image,caption\n0.png,a man, smiling\n", "line 2 of .* has 3 columns"),
+        ("t.csv", "image,caption\n0.png\n", "line 2 of .* has 1 columns"),
+        ("t.csv", "image,words\n0.png,a man\n", "the header of .* is image, words; name the columns image and caption"),
+        (
+            "t.csv",
+            'image,caption\n0.png,"a man\n1.png,a dog\n',
+            r"of .* is not a row \(unexpected end of data\); check its quot",
+        ),
+        ("t.csv", "", "has no rows; write one of image and caption for every caption"),
+        ("t.csv", "image,caption,split\n0.png,a,train\n0.png,b,val\n", "puts 0.png into two splits"),
+        ("t.json", '[{"image": "0.png"}]', "row 1 of .* has no image and caption"),
+        ("t.json", '["0.png"]', "row 1 of .* has no image and caption"),
+        ("t.json", '"0.png"', "holds a json str; give a list of objects"),
+        (
+            "t.json",
+            '{"images": [], "annotations": []}',
+            "holds an object with images; read it as the data set coco or karp",
+        ),
+        ("t.jsonl", '{"image": "0.png", "text": "a"}\n{oops\n', r"line 2 of .* is not json \(Expecting"),
+        ("t.txt", "0.png a man", "holds no csv, tsv, json or jsonl file; put one captions.csv there"),
+    ],
+)
+def test_wrong_tables(tmp_path, name, text, sentence):
+    write_pictures(tmp_path, ["0.png", "1.png"])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        load("folder", tmp_path)
+
+
+def test_options_of_a_folder(tmp_path):
+    write_pictures(tmp_path / "pictures", list(EXPECTED))
+    (tmp_path / "data").mkdir()
+    for name in ("one.csv", "two.csv"):
+        (tmp_path / "data" / name).write_text("".join(f"{file},{name}\n" for file in EXPECTED))
+    with pytest.raises(MissingFileError, match=r"holds one.csv, two.csv; put one captions.csv there or name it"):
+        load("folder", tmp_path / "data")
+    options = {"annotations": tmp_path / "data" / "two.csv", "images": tmp_path / "pictures"}
+    assert set(load("folder", tmp_path / "data", **options).all_captions()) == {"two.csv"}
+    with pytest.raises(MissingFileError, match=r"there is no file .*three.csv"):
+        load("folder", tmp_path / "data", annotations=tmp_path / "data" / "three.csv")
+    with pytest.raises(UserError, match=r"is not a table this reads; give a csv, tsv, json or jsonl file"):
+        load("folder", tmp_path / "data", annotations=tmp_path / "pictures" / "0.png")
+    with pytest.raises(UserError, match=r"val=0.5 and test=0.5 leave nothing to train on"):
+        load("folder", tmp_path / "data", val=0.5, test=0.5)
+
+
+# ---- Synthetic, and what all sets share --------------------------------------------------------------------------
+
+
+def test_the_synthetic_set_is_drawn_on_the_fly():
+    drawn = load("synthetic", split="unseen", n=4, size=40, seed=3)
+    assert len(drawn) == 4
+    assert drawn.image(2).shape == (3, 40, 40)
+    assert torch.equal(drawn.image(2), torch.from_numpy(draw(scene(2, 3, "unseen"), 40)).permute(2, 0, 1))
+    assert drawn.captions[2] == describe(scene(2, 3, "unseen"), seed=3)
+    assert drawn.path(2) is None
+    assert all(check(caption, drawn.scene(2)).true for caption in drawn.captions[2])
+    assert len(set(drawn.image_ids)) == 4
+    with pytest.raises(UserError, match="size=8 is too small for synthetic pictures; use 16 or more"):
+        load("synthetic", size=8)
+    with pytest.raises(UserError, match="n=0 synthetic pictures are too few"):
+        load("synthetic", n=0)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "coco"])
+def test_subsets_are_by_image_by_seed_and_nested(name, coco):
+    whole = load("synthetic", n=40) if name == "synthetic" else load("coco", coco)
+    few, more = whole.subset(3), whole.subset(5)
+    assert few.image_ids == whole.subset(3).image_ids
+    assert set(few.image_ids) < set(more.image_ids) < set(whole.image_ids)
+    assert len(few) == 3
+    assert any(whole.subset(3, seed).image_ids != few.image_ids for seed in range(1, 5))
+    for i, image_id in enumerate(few.image_ids):
+        j = whole.image_ids.index(image_id)
+        assert few.captions[i] == whole.captions[j]
+        assert torch.equal(few.image(i), whole.image(j))
+        assert few.path(i) == whole.path(j)
+    assert whole.subset(1000).image_ids == whole.image_ids
+    with pytest.raises(UserError, match="a subset of 0 images is empty"):
+        whole.subset(0)
+
+
+@pytest.mark.parametrize("name", ["synthetic", "coco"])
+def test_a_set_pickles_as_spawned_workers_need_it(name, coco):
+    whole = load("synthetic", n=6) if name == "synthetic" else load("coco", coco)
+    data = pickle.dumps(whole)
+    assert len(data) < 6 * 2000  # words and names, no pixels
+    copy = pickle.loads(data)
+    assert copy.captions == whole.captions
+    assert np.array_equal(copy.image(1), whole.image(1))
+
+
+# ---- Real data ---------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_of_flickr8k(flickr8k):
+    sets = [load("flickr8k", flickr8k, split) for split in ("train", "val", "test")]
+    assert [len(part) for part in sets] == [6000, 1000, 1000]
+    assert [len(list(part.all_captions())) for part in sets] == [30000, 5000, 5000]
+    assert len(set().union(*(part.image_ids for part in sets))) == 8000
+    assert [part.missing for part in sets] == [[], [], []]
+    assert sets[0].captions[0][0] == "A black dog is running after a white dog in the snow ."
+    assert sets[2].image(999).shape == (3, 224, 224)
+
+
+def test_real_coco_equals_what_pycocotools_reads(shared_data):
+    COCO = pytest.importorskip("pycocotools.coco").COCO
+    folder = shared_data / "coco_small"
+    ours = load("coco", folder, "val")
+    theirs = COCO(str(folder / "annotations" / "captions_val2017.json"))
+    assert len(ours) == 150
+    assert ours.image_ids == theirs.getImgIds()
+    for i, image_id in enumerate(ours.image_ids):
+        raw = [a["caption"] for a in theirs.loadAnns(theirs.getAnnIds(image_id))]
+        assert ours.captions[i] == [" ".join(caption.split()) for caption in raw]
+        assert ours.image(i).shape[1:] == (theirs.imgs[image_id]["height"], theirs.imgs[image_id]["width"])

@@ -1,0 +1,424 @@
+"""Every kind of picture becomes the right RGB, every broken one a sentence; a transform is a function of its key."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from showtell import transforms
+from showtell.errors import MissingFileError, UserError
+from showtell.transforms import (
+    IMAGENET,
+    IMAGENET_TRAIN,
+    SQUASHED,
+    TINY,
+    BrokenImageError,
+    Transform,
+    frames,
+    mirror_caption,
+    read_image,
+)
+
+
+def gradient(height: int = 24, width: int = 32) -> np.ndarray:
+    """A picture whose corners all differ: red grows to the right, green downwards, blue is constant."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([columns * 255 // (width - 1), rows * 255 // (height - 1), np.full_like(rows, 90)], -1).astype(
+        np.uint8
+    )
+
+
+def grey(height: int = 24, width: int = 32) -> np.ndarray:
+    return gradient(height, width)[..., 0]
+
+
+def to_hwc(image: torch.Tensor) -> np.ndarray:
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy()
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
+def test_a_lossless_file_is_read_exactly(kind, tmp_path):
+    path = tmp_path / "picture"
+    path.write_bytes(encoded(Image.fromarray(gradient()), kind))
+    assert np.array_equal(to_hwc(read_image(path)), gradient())
+    assert np.array_equal(to_hwc(read_image(str(path))), gradient())
+    assert np.array_equal(to_hwc(read_image(path.read_bytes())), gradient())
+
+
+def test_grey_one_bit_and_palette_pictures():
+    expected = np.stack([grey()] * 3, -1)
+    assert np.array_equal(to_hwc(read_image(encoded(Image.fromarray(grey()), "PNG"))), expected)
+    bits = Image.fromarray(grey()).point(lambda v: 255 * (v > 127)).convert("1")
+    assert np.array_equal(to_hwc(read_image(encoded(bits, "PNG"))), np.where(expected > 127, 255, 0))
+    palette = Image.fromarray(gradient()).quantize(32)
+    assert palette.mode == "P"
+    assert np.array_equal(to_hwc(read_image(encoded(palette, "PNG"))), np.array(palette.convert("RGB")))
+
+
+def test_transparency_is_laid_on_white():
+    half = np.dstack([gradient(), np.full((24, 32), 128, np.uint8)])
+    half[:12, :, 3] = 0
+    expected = 255 + (gradient().astype(float) - 255) * (half[..., 3:] / 255)
+    assert np.abs(to_hwc(read_image(encoded(Image.fromarray(half), "PNG"))) - expected).max() <= 1
+    with_alpha = Image.merge("LA", [Image.fromarray(grey()), Image.fromarray(half[..., 3])])
+    expected = 255 + (grey().astype(float) - 255) * (half[..., 3] / 255)
+    assert np.abs(to_hwc(read_image(encoded(with_alpha, "PNG"))) - expected[..., None]).max() <= 1
+
+
+def test_transparent_colors_of_a_palette_or_of_rgb_become_white():
+    palette = Image.new("P", (4, 2), 1)
+    palette.putpalette([10, 20, 30, 200, 0, 0])
+    palette.putpixel((0, 0), 0)
+    read = to_hwc(read_image(encoded(palette, "PNG", transparency=0)))
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[1, 1].tolist() == [200, 0, 0]
+    keyed = Image.new("RGB", (4, 2), (1, 2, 3))
+    keyed.putpixel((3, 1), (9, 9, 9))
+    read = to_hwc(read_image(encoded(keyed, "PNG", transparency=(1, 2, 3))))
+    assert read[0, 0].tolist() == [255, 255, 255]
+    assert read[1, 3].tolist() == [9, 9, 9]
+
+
+def test_cmyk_and_grey_jpegs_keep_their_colors():
+    patches = np.zeros((32, 64, 3), np.uint8)
+    patches[:, :32], patches[:, 32:] = (250, 20, 20), (20, 20, 250)
+    image = Image.fromarray(patches)
+    read = to_hwc(read_image(encoded(image.convert("CMYK"), "JPEG", quality=95))).astype(int)
+    assert np.abs(read - patches).max() <= 12
+    read = to_hwc(read_image(encoded(image.convert("L"), "JPEG", quality=95))).astype(int)
+    assert np.abs(read - np.array(image.convert("L"))[..., None].astype(int)).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_are_scaled_by_their_range(kind):
+    deep = (np.arange(24 * 32, dtype=np.uint32).reshape(24, 32) * 65535 // (24 * 32 - 1)).astype(np.uint16)
+    expected = np.round(deep / 257)
+    read = to_hwc(read_image(encoded(Image.fromarray(deep), kind)))
+    assert np.abs(read - expected[..., None]).max() <= 0.51
+    assert read[-1, -1].tolist() == [255, 255, 255]
+    dark = (deep // 400).astype(np.uint16)  # dark stays dark: the range is the type's, not the picture's
+    assert to_hwc(read_image(encoded(Image.fromarray(dark), kind))).max() <= 1
+
+
+def test_thirty_two_bit_and_float_pictures():
+    deep = np.array([[0, 32768, 65535]], np.int32)
+    assert to_hwc(read_image(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+    real = np.array([[0.0, 0.5, 1.0]], np.float32)
+    assert to_hwc(read_image(encoded(Image.fromarray(real), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
+
+
+ORIENTED = {  # EXIF orientation -> how the stored pixels were turned away from the upright picture
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, 1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, -1),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTED)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "grey JPEG"])
+def test_all_eight_exif_orientations_come_out_upright(orientation, kind):
+    upright = gradient(48, 64)
+    image = Image.fromarray(np.ascontiguousarray(ORIENTED[orientation](upright)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if kind == "grey JPEG":
+        image, upright = image.getchannel(0), np.stack([upright[..., 0]] * 3, -1)
+    options = {} if kind == "PNG" else {"quality": 97, "subsampling": 0} if kind == "JPEG" else {"quality": 97}
+    read = to_hwc(read_image(encoded(image, kind.split()[-1], exif=exif, **options)))
+    assert read.shape == upright.shape
+    assert np.abs(read.astype(int) - upright).max() <= 8
+
+
+def test_the_fast_jpeg_path_gives_pillows_pixels(monkeypatch):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 56, 3), np.uint8)
+    data = encoded(Image.fromarray(noise), "JPEG", quality=90)
+    fast = read_image(data)
+    monkeypatch.setattr(transforms, "_jpeg_decoder", lambda: None)
+    slow = read_image(data)
+    assert np.array_equal(to_hwc(slow), np.array(Image.open(io.BytesIO(data))))
+    assert (fast.int() - slow.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_of_an_animation_the_first_frame_is_read_and_the_frames_are_counted(kind, tmp_path):
+    colors = [(250, 0, 0), (0, 250, 0), (0, 0, 250)]
+    first, *others = [Image.new("RGB", (16, 16), color) for color in colors]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(first, kind, save_all=True, append_images=others, **options)
+    assert to_hwc(read_image(data))[8, 8].tolist() == [250, 0, 0]
+    path = tmp_path / "moving"
+    path.write_bytes(data)
+    assert frames(path) == frames(data) == 3
+    assert frames(encoded(first, "PNG")) == 1
+
+
+def test_arrays_tensors_and_pil_images():
+    for source in (gradient(), Image.fromarray(gradient()), torch.from_numpy(gradient()).permute(2, 0, 1)):
+        assert np.array_equal(to_hwc(read_image(source)), gradient())
+    expected = np.stack([grey()] * 3, -1)
+    for source in (
+        grey(),
+        grey()[..., None],
+        grey() / 255.0,
+        grey().astype(np.uint16) * 257,
+        torch.from_numpy(grey())[None],
+    ):
+        assert np.array_equal(to_hwc(read_image(source)), expected)
+    assert to_hwc(read_image(np.array([[True, False]])))[0, :, 0].tolist() == [255, 0]
+    transparent = np.dstack([gradient(), np.zeros((24, 32), np.uint8)])
+    assert (to_hwc(read_image(transparent)) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (torch.zeros(3, 4, 4), r"a tensor of torch.float32 and shape \(3, 4, 4\) is not a picture; give uint8"),
+        (torch.zeros(4, 4, dtype=torch.uint8), r"shape \(4, 4\) is not a picture"),
+        (np.zeros((4, 4, 2), np.uint8), r"an array of shape \(4, 4, 2\) is not a picture"),
+        (np.zeros((0, 4), np.uint8), r"shape \(0, 4\) is not a picture"),
+        (np.zeros((4, 4), np.int64), "an array of int64 is not a picture; give uint8, uint16, or floats"),
+        (np.zeros((4, 4), complex), "an array of complex128 is not a picture"),
+        (17, "a int is not a picture; give a path"),
+    ],
+)
+def test_what_is_no_picture_at_all(source, sentence):
+    with pytest.raises(UserError, match=sentence):
+        read_image(source)
+
+
+def broken_files(folder) -> dict[str, str]:
+    """Name -> the reason that its message must give."""
+    jpeg = encoded(Image.fromarray(gradient(200, 200)), "JPEG")
+    png = encoded(Image.fromarray(gradient(200, 200)), "PNG")
+    (folder / "text.jpg").write_text("this is not a photograph\n")
+    (folder / "empty.jpg").touch()
+    (folder / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "cut.png").write_bytes(png[: len(png) // 2])
+    (folder / "header.jpg").write_bytes(jpeg[:30])
+    (folder / "bytes.jpg").write_bytes(bytes(range(256)) * 4)
+    (folder / "folder.jpg").mkdir()
+    return {
+        "text.jpg": "it holds text",
+        "empty.jpg": "it is empty (0 bytes)",
+        "cut.jpg": "it is damaged or cut short (",
+        "cut.png": "it is damaged or cut short (",
+        "header.jpg": "it is damaged or cut short (",
+        "bytes.jpg": "it is not a picture of a known format",
+        "folder.jpg": "it is a folder",
+    }
+
+
+def test_a_broken_file_is_named_with_its_reason_in_one_sentence(tmp_path):
+    for name, reason in broken_files(tmp_path).items():
+        with pytest.raises(BrokenImageError) as caught:
+            read_image(tmp_path / name)
+        assert str(caught.value).startswith(f"{tmp_path / name} cannot be read: {reason}")
+        assert "\n" not in str(caught.value)
+        assert caught.value.path == str(tmp_path / name)
+        copy = pickle.loads(pickle.dumps(caught.value))  # as a loader's worker sends it
+        assert (str(copy), copy.path, copy.reason) == (str(caught.value), caught.value.path, caught.value.reason)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(MissingFileError, match=r"there is no picture .*gone\.jpg; check its name and folder"):
+        read_image(tmp_path / "gone.jpg")
+    with pytest.raises(MissingFileError):
+        frames(tmp_path / "gone.jpg")
+
+
+def huge_png() -> bytes:
+    """The header of a 30,000 x 30,000 picture: reading more of it would fail for want of data."""
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT"))
+
+
+@pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])
+def test_a_huge_picture_is_refused_from_its_header(pillow_limit, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
+    with pytest.raises(BrokenImageError, match="more than 179 million pixels; make a smaller copy first"):
+        read_image(huge_png())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on what it finds
+def test_a_picture_cut_anywhere_is_read_or_refused():
+    """No prefix of a file gets another exception than ours."""
+    for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
+        data = encoded(Image.fromarray(gradient()), kind)
+        refused = 0
+        for length in range(0, len(data), max(1, len(data) // 60)):
+            try:
+                assert read_image(data[:length]).shape == (3, 24, 32)
+            except BrokenImageError:
+                refused += 1
+        assert refused > 10
+
+
+# ---- Transforms --------------------------------------------------------------------------------------------------
+
+PHOTO = torch.from_numpy(np.random.default_rng(1).integers(0, 255, (3, 300, 400), np.uint8))
+
+
+def test_imagenets_transform_equals_torchvisions():
+    from torchvision.transforms import v2
+
+    reference = v2.Compose(
+        [
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    for image in (PHOTO, PHOTO[:, :, :170], PHOTO[:, :101]):
+        result = IMAGENET(image)
+        assert result.shape == (3, 224, 224)
+        assert result.dtype == torch.float32
+        assert torch.allclose(result, reference(image), atol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [IMAGENET, IMAGENET_TRAIN, SQUASHED, TINY, Transform(resize=None, crop=80)])
+@pytest.mark.parametrize("shape", [(300, 400), (30, 20), (64, 64), (1, 90)])
+def test_whatever_comes_in_a_square_of_the_size_comes_out(transform, shape):
+    image = torch.zeros(3, *shape, dtype=torch.uint8)
+    for key in (None, (0, 1, 2)):
+        assert transform(image, key).shape == (3, transform.size, transform.size)
+
+
+def test_a_transform_reads_files(tmp_path):
+    Image.fromarray(gradient(64, 64)).save(tmp_path / "photo.png")
+    assert torch.equal(TINY(tmp_path / "photo.png"), TINY(gradient(64, 64)))
+
+
+def test_squashing_keeps_the_whole_picture_and_cropping_the_middle():
+    image = torch.zeros(3, 100, 300, dtype=torch.uint8)
+    image[:, :, :60] = 255
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    assert Transform(resize=(50, 50), **plain)(image)[0, 25, :8].min() > 0.99
+    assert Transform(resize=50, crop=50, **plain)(image).max() == 0
+    assert Transform(resize=50, **plain)(image).shape == (3, 50, 150)
+    assert Transform(resize=50).size is None
+
+
+def test_augmentation_is_a_function_of_its_key():
+    key = (3, 1, 17)
+    assert torch.equal(IMAGENET_TRAIN(PHOTO, key), IMAGENET_TRAIN(PHOTO, key))
+    others = [(4, 1, 17), (3, 2, 17), (3, 1, 18)]
+    assert all(not torch.equal(IMAGENET_TRAIN(PHOTO, key), IMAGENET_TRAIN(PHOTO, other)) for other in others)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    IMAGENET_TRAIN(PHOTO, key)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_crops_reach_every_place_and_flips_half_the_pictures():
+    image = torch.arange(100, dtype=torch.uint8).view(1, 10, 10)
+    plain = {"resize": None, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    cropper = Transform(crop=8, random_crop=True, **plain)
+    corners = {round(float(cropper(image, (0, 0, i))[0, 0, 0]) * 255) for i in range(400)}
+    assert corners == {10 * top + left for top in range(3) for left in range(3)}
+    flipper = Transform(flip=True, **plain)
+    flipped = [bool(flipper(image, (0, 0, i))[0, 0, 0] > 0) for i in range(400)]
+    assert 160 < sum(flipped) < 240
+    i = flipped.index(True)
+    assert torch.equal(flipper(image, (0, 0, i)), flipper(image).flip(-1))
+
+
+def test_evaluation_and_no_key_leave_nothing_to_chance():
+    evaluation = IMAGENET_TRAIN.evaluation()
+    assert evaluation == IMAGENET
+    assert torch.equal(evaluation(PHOTO, (0, 0, 1)), evaluation(PHOTO, (0, 0, 2)))
+    assert torch.equal(evaluation(PHOTO, (0, 0, 1)), IMAGENET_TRAIN(PHOTO))
+
+
+VARIANTS = [
+    {"resize": 255},
+    {"resize": (256, 256)},
+    {"crop": 200},
+    {"random_crop": True},
+    {"flip": True},
+    {"mean": (0.5, 0.5, 0.5)},
+    {"std": (0.5, 0.5, 0.5)},
+]
+
+
+def test_the_fingerprint_changes_with_every_field_and_with_nothing_else():
+    prints = [replace(IMAGENET, **variant).fingerprint() for variant in VARIANTS]
+    assert len({IMAGENET.fingerprint(), *prints}) == len(VARIANTS) + 1
+    assert IMAGENET.fingerprint() == Transform(crop=224, resize=256).fingerprint()
+    assert SQUASHED.fingerprint() == Transform(resize=[224, 224]).fingerprint()
+    assert IMAGENET.fingerprint() == "a7f94736da78d168"  # caches on disk carry it
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_transform_survives_json_and_pickling(variant):
+    transform = replace(IMAGENET, **variant)
+    assert Transform.from_dict(json.loads(json.dumps(transform.to_dict()))) == transform
+    assert pickle.loads(pickle.dumps(transform)) == transform
+    assert hash(Transform.from_dict(transform.to_dict())) == hash(transform)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"resize": (224, 200)}, r"resize=\(224, 200\) is not a square; give \(S, S\)"),
+        ({"resize": 0}, "resize=0 is not a size"),
+        ({"resize": "224"}, "resize='224' is not a size"),
+        ({"crop": -1}, "crop=-1 is not a size"),
+        ({"resize": 100, "crop": 224}, "crop=224 is larger than resize=100; give a crop of 100 or less"),
+        ({"random_crop": True}, "random_crop=True needs a crop"),
+        ({"std": (1, 0, 1)}, "must be three numbers each, std above 0"),
+        ({"mean": (0.5,)}, "must be three numbers each"),
+        ({"colour": 3}, "a transform has no colour; it has crop, flip, mean"),
+    ],
+)
+def test_contradicting_or_unknown_values(values, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Transform.from_dict(values)
+
+
+def test_a_line_of_pixels_is_not_blown_up_to_gigabytes():
+    with pytest.raises(BrokenImageError, match="a picture of 9000 x 1 pixels is too long and thin; crop it first"):
+        IMAGENET(torch.zeros(3, 1, 9000, dtype=torch.uint8))
+
+
+def test_mirrored_captions_swap_left_and_right_as_words():
+    assert mirror_caption("a cat left of a dog on the Right") == "a cat right of a dog on the Left"
+    assert mirror_caption("leftover bright lights") == "leftover bright lights"
+    assert mirror_caption(mirror_caption("Left, right; RIGHT.")) == "Left, right; RIGHT."
+
+
+@pytest.mark.realdata
+def test_real_photographs_read_as_pillow_reads_them(shared_data):
+    paths = sorted((shared_data / "coco_small" / "val2017").iterdir())
+    assert len(paths) >= 100
+    for path in paths:
+        with Image.open(path) as image:
+            reference = np.array(image.convert("RGB"))
+        assert np.abs(to_hwc(read_image(path)).astype(int) - reference).max() <= 1, path
