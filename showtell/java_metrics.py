@@ -1,0 +1,161 @@
+"""METEOR 1.5 and SPICE through the jars of pycocoevalcap, for those who have a Java; everything else needs neither.
+
+`pip install "showtell[java]"` brings the jars, `apt install default-jre-headless` (or any Java from 8 on) the machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from showtell.errors import UserError
+
+_STATISTICS = 23  # METEOR's numbers for one image
+_SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar")
+
+
+class JavaMetricError(UserError):
+    """A metric that runs in Java cannot run here; the message says what is missing and how to get it."""
+
+
+def _java() -> str:
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=os.path.join(home, "bin")) if home else None
+    java = java or shutil.which("java")
+    if java is None:
+        raise JavaMetricError("no Java on the path; install one (on Debian: apt install default-jre-headless)")
+    return java
+
+
+def _package() -> Path:
+    found = importlib.util.find_spec("pycocoevalcap")
+    if found is None or not found.submodule_search_locations:
+        raise JavaMetricError('pycocoevalcap is not installed; pip install "showtell[java]"')
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def missing() -> str | None:
+    """What METEOR lacks on this machine and how to get it, in words, or None if it can run."""
+    try:
+        _java()
+        jar = _package() / "meteor" / "meteor-1.5.jar"
+        if not jar.is_file():
+            raise JavaMetricError('pycocoevalcap has no METEOR jar; pip install --force-reinstall "showtell[java]"')
+    except JavaMetricError as error:
+        return str(error)
+    return None
+
+
+def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates: Sequence[Sequence[str]]) -> np.ndarray:
+    """METEOR 1.5's counts for each image, `(N, 23)`, against the reference that scores best.
+
+    The jar makes the alignments (exact, stem, synonym, paraphrase); `meteor_from_statistics` makes scores of them.
+
+    Args:
+        references: the tokens of each image's references.
+        candidates: the tokens of each image's candidate.
+
+    Raises:
+        JavaMetricError: Java or the jar is missing, or the jar failed.
+    """
+    if reason := missing():
+        raise JavaMetricError(reason)
+
+    def line(tokens: Sequence[str]) -> str:
+        return " ".join(tokens).replace("|||", "").replace("  ", " ")
+
+    lines = [
+        " ||| ".join(["SCORE", *map(line, group), line(candidate)])
+        for group, candidate in zip(references, candidates, strict=True)
+    ]
+    # English and UTF-8 whatever the machine's locale: elsewhere the jar would print 0,5 and misread an accent.
+    command = [_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-jar", "meteor-1.5.jar"]
+    answer = subprocess.run(
+        [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
+        cwd=_package() / "meteor",
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        encoding="utf-8",
+    )
+    rows = answer.stdout.split("\n")[: len(lines)]
+    try:
+        statistics = np.array([[float(number) for number in row.split()] for row in rows])
+        statistics = statistics.reshape(len(lines), _STATISTICS)
+    except ValueError:
+        detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+        raise JavaMetricError(f"METEOR's jar failed ({detail}); check that `java -version` works") from None
+    # METEOR does not punish the one chunk of a candidate that equals its reference, and sums counts over images so.
+    whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
+    statistics[whole, 20] = 0
+    return statistics
+
+
+def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
+    """METEOR from counts, `(..., 23) -> (...)`; of summed counts, the score of a corpus.
+
+    Denkowski and Lavie 2014 with the English weights: matches weighed 1 (exact), 0.6 (stem), 0.8 (synonym) and 0.6
+    (paraphrase), content words 0.75 and function words 0.25, alpha 0.85, beta 0.2, gamma 0.6.
+    """
+    statistics = np.asarray(statistics, dtype=float)
+    lengths, function_words = statistics[..., 0:2], statistics[..., 2:4]  # of candidate and reference
+    matches = statistics[..., 4:20].reshape(*statistics.shape[:-1], 4, 4)  # stage, (content c, r, function c, r)
+    chunks, matched_words = statistics[..., 20], statistics[..., 21:23]
+    weighted = np.einsum("...sk,s->...k", matches, np.array([1, 0.6, 0.8, 0.6]))
+    weighted = 0.75 * weighted[..., 0:2] + 0.25 * weighted[..., 2:4]
+    weights = 0.75 * (lengths - function_words) + 0.25 * function_words
+    precision, recall = np.moveaxis(_divide(weighted, weights), -1, 0)
+    mean = _divide(precision * recall, 0.85 * precision + 0.15 * recall)
+    fragmentation = _divide(chunks, matched_words.mean(axis=-1))
+    return mean * (1 - 0.6 * fragmentation**0.2)
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0)
+
+
+def spice_values(
+    references: Sequence[Sequence[str]], candidates: Sequence[str], announce: Callable[[str], None]
+) -> np.ndarray:
+    """SPICE's F-score for each image, `(N,)`, from raw captions (Anderson et al. 2016).
+
+    Its parser is a file of about 0.4 GB that pycocoevalcap fetches on first use; `announce` is told before.
+
+    Raises:
+        JavaMetricError: Java or the jars are missing, the file cannot be fetched, or the jar failed.
+    """
+    java, folder = _java(), _package() / "spice"
+    if not all((folder / "lib" / name).is_file() for name in _SPICE_MODELS):
+        announce("SPICE needs Stanford CoreNLP once: fetching about 0.4 GB from nlp.stanford.edu")
+        try:
+            from pycocoevalcap.spice.get_stanford_models import get_stanford_models
+
+            get_stanford_models()
+        except Exception as error:  # a network has many ways to fail
+            raise JavaMetricError(
+                f"Stanford CoreNLP could not be fetched ({error}); run again with a network, or leave --spice out"
+            ) from error
+    with tempfile.TemporaryDirectory() as temporary:
+        source, target = Path(temporary, "captions.json"), Path(temporary, "scores.json")
+        items = [
+            {"image_id": i, "test": candidate, "refs": list(group)}
+            for i, (group, candidate) in enumerate(zip(references, candidates, strict=True))
+        ]
+        source.write_text(json.dumps(items), encoding="utf-8")
+        command = [java, "-Xmx8G", "-jar", "spice-1.0.jar", str(source), "-out", str(target), "-silent"]
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+        if answer.returncode or not target.is_file():
+            detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+            raise JavaMetricError(f"SPICE's jar failed ({detail}); it is known to run on Java 8 and 11 with 8 GB")
+        results = json.loads(target.read_text(encoding="utf-8"))
+    values = np.zeros(len(items))
+    for item in results:
+        values[int(item["image_id"])] = float(item["scores"]["All"]["f"])
+    return values
