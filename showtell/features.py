@@ -1,0 +1,499 @@
+"""The feature cache: what a frozen backbone gives for each picture, computed once and read at every epoch.
+
+    cache = FeatureCache.open("runs/features", encoder.backbone, transform)
+    cache.build(train_set)                       # resumes where a killed build stopped; new pictures extend it
+    features = cache.get(cache.rows(train_set))  # (N, D) or (N, L, D), half precision
+
+One folder holds the caches of all backbones and transforms, each in a folder of its own named by `fingerprint`. There,
+`features.f16` is rows of half-precision numbers with nothing between them, and `index.jsonl` says which picture each
+row belongs to. Both only grow, the index after the rows, so that a kill at any moment costs the work of a second.
+
+A picture is known by its contents, so that a folder may be moved, copied or renamed. Its path, size and time of change
+spare reading it again to find that out, as in git.
+
+Shapes: N pictures, L grid cells, D feature size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from showtell.backbones import Backbone
+from showtell.errors import UserError
+from showtell.files import lock, readable_size, require_free_space, write_json
+from showtell.transforms import BrokenImageError, Transform
+
+if TYPE_CHECKING:
+    from showtell.datasets import CaptionSet
+
+PRECISIONS = ("float32", "bfloat16")
+INDEX_LINE_BYTES = 200  # a generous guess, for the disk check alone
+COMMIT_EVERY_S = 1.0
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of change in nanoseconds
+
+
+def fingerprint(backbone: Backbone, transform: Transform, precision: str = "float32") -> str:
+    """64 characters that differ when the features would: weights, network, strides, grid, transform or precision.
+
+    The strides are in it because two ResNets with the same weights may differ in nothing else (see `Backbone`).
+    """
+    strides = [(name, repr(getattr(module, "stride", None))) for name, module in backbone.net.named_modules()]
+    network = [backbone.name, backbone.grid, strides, transform.fingerprint(), precision]
+    digest = hashlib.sha256(json.dumps(network).encode())
+    for name, tensor in backbone.net.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class Entry(NamedTuple):
+    """A line of the index: the row of a picture, the digest of its contents, and its stamp where it is a file."""
+
+    row: int
+    digest: str
+    stamp: Stamp | None
+
+
+class Picture(NamedTuple):
+    """A picture that was read, ready for the network; or, where there is a `problem`, one that could not be."""
+
+    name: str
+    problem: str = ""
+    digest: str = ""
+    stamp: Stamp | None = None
+    pixels: Tensor | None = None
+
+
+class FeatureCache:
+    """The features of one frozen backbone under one transform, for any number of picture sets.
+
+    Reading needs no more than the folder: a cache pickles into a few hundred bytes, and each loader worker, forked or
+    spawned, maps the file for itself. One process at a time may build; others may read meanwhile.
+
+    Attributes:
+        folder: where this backbone's and this transform's features are.
+        shape: that of one picture's features, `(D,)` or `(L, D)`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        backbone: Backbone | None = None,
+        transform: Transform | None = None,
+        precision: str = "float32",
+    ) -> None:
+        """Use `open`."""
+        self.folder, self.shape = folder, shape
+        self._features_file, self._index_file = folder / "features.f16", folder / "index.jsonl"
+        self._row_bytes = 2 * math.prod(shape)
+        self._backbone, self._transform, self._precision = backbone, transform, precision
+        self._forget()
+
+    def _forget(self) -> None:
+        self._map: np.ndarray | None = None
+        self._row_of_digest: dict[str, int] = {}
+        self._row_of_stamp: dict[Stamp, int] = {}
+        self._sizes: set[int] = set()  # of the files in the index: a file of any other size is new without reading it
+        self._moved: list[Entry] = []  # found by contents at a new path, and not yet in the index
+        self._rows_known = self._index_read = 0
+
+    @classmethod
+    def open(
+        cls, folder: str | os.PathLike, backbone: Backbone, transform: Transform, precision: str = "float32"
+    ) -> FeatureCache:
+        """Opens, or begins, the cache of a backbone and a transform inside `folder`, which holds many.
+
+        Args:
+            folder: any folder; it is made if it is not there.
+            backbone: a frozen one. It is neither moved nor changed.
+            transform: one without chance, that makes squares.
+            precision: how the network computes, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has
+                it, and exact to two or three digits); the features are kept in half precision either way.
+
+        Raises:
+            UserError: the backbone trains, or the transform is random or keeps a picture's proportions.
+        """
+        if backbone.trainable:
+            raise UserError(
+                f"the features of {backbone.name} cannot be cached while it trains; freeze it with "
+                "backbone.fine_tune(None), or train from pictures without a cache"
+            )
+        if not isinstance(transform, Transform):
+            raise UserError(
+                f"a {type(transform).__name__} is not a transform that a cache can recognise again; give a "
+                "showtell.transforms.Transform, or train from pictures without a cache"
+            )
+        if transform != transform.evaluation():
+            raise UserError(
+                "the features of a random transform cannot be cached (random_crop or flip is on); give "
+                "transform.evaluation(), or train from pictures without a cache"
+            )
+        if transform.size is None:
+            raise UserError(
+                f"{transform} gives pictures of many shapes and a cache needs one; add a crop, as in "
+                "Transform(resize=256, crop=224)"
+            )
+        if precision not in PRECISIONS:
+            raise UserError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
+
+        key = fingerprint(backbone, transform, precision)
+        folder = Path(folder).absolute() / key[:16]
+        with torch.inference_mode():
+            black = torch.zeros(1, 3, transform.size, transform.size, device=next(backbone.parameters()).device)
+            shape = tuple(backbone(black).shape[1:])
+        if not (folder / "cache.json").exists():  # for people; nothing reads it
+            about = {"fingerprint": key, "backbone": backbone.name, "shape": shape, "precision": precision}
+            write_json(folder / "cache.json", about | {"transform": transform.to_dict()})
+        return cls(folder, shape, backbone, transform, precision)
+
+    def __repr__(self) -> str:
+        return f"FeatureCache({str(self.folder)!r}, shape={self.shape}, rows={len(self)})"
+
+    def __getstate__(self) -> dict:
+        return {"folder": self.folder, "shape": self.shape}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__(**state)
+
+    # ---- Reading -------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of rows, which is that of different pictures."""
+        self._read_index()
+        return self._rows_known
+
+    def __getitem__(self, row: int) -> Tensor:
+        """The features of one row: `(D,)` or `(L, D)`, float16."""
+        return self.get(np.array([row]))[0]
+
+    def get(self, rows: np.ndarray | list[int]) -> Tensor:
+        """The features of some rows, in their order.
+
+        Returns:
+            `(N, D)` or `(N, L, D)`, float16: a decoder on a GPU wants them moved before they are made wider.
+
+        Raises:
+            IndexError: a row is -1, that of a broken picture, or is not there.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if self._map is None or (rows.size and rows.max() >= len(self._map)):
+            self._map = self._open_map()
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self._map):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; {self.folder} has {len(self._map)}")
+        return torch.from_numpy(self._map[rows])  # fancy indexing copies: no view of the file escapes
+
+    def rows(self, caption_set: CaptionSet) -> np.ndarray:
+        """The row of each picture of a set, int64 `(N,)`; -1 where it has none, being broken or not built yet."""
+        self._read_index()
+        return np.array([self._find(caption_set, i) for i in range(len(caption_set))], dtype=np.int64)
+
+    def missing(self, caption_set: CaptionSet) -> list[int]:
+        """The indices of a set's pictures that have no row yet; broken ones stay among them, to be tried again."""
+        return np.flatnonzero(self.rows(caption_set) < 0).tolist()
+
+    def _rows_on_disk(self) -> int:
+        try:
+            return self._features_file.stat().st_size // self._row_bytes
+        except FileNotFoundError:
+            return 0
+
+    def _open_map(self) -> np.ndarray:
+        if not (n_rows := self._rows_on_disk()):
+            return np.empty((0, *self.shape), dtype="<f2")  # an empty file cannot be mapped
+        return np.memmap(self._features_file, dtype="<f2", mode="r", shape=(n_rows, *self.shape))
+
+    def _find(self, caption_set: CaptionSet, i: int) -> int:
+        """The row of picture i, or -1."""
+        path = caption_set.path(i)
+        if path is None:  # drawn: drawing it again is as quick as reading a file
+            return self._row_of_digest.get(_digest_of_pixels(caption_set.image(i)), -1)
+        stamp = _stamp(path)
+        if stamp is None or stamp in self._row_of_stamp:
+            return self._row_of_stamp.get(stamp, -1)
+        if stamp[1] not in self._sizes:
+            return -1
+        try:
+            digest = _digest_of_file(path)
+        except OSError:  # `build` will say what is wrong with it
+            return -1
+        if (row := self._row_of_digest.get(digest, -1)) >= 0:
+            self._moved.append(Entry(row, digest, stamp))
+            self._learn(self._moved[-1])
+        return row
+
+    def _learn(self, entry: Entry) -> None:
+        self._row_of_digest[entry.digest] = entry.row
+        self._rows_known = max(self._rows_known, entry.row + 1)
+        if entry.stamp is not None:
+            self._row_of_stamp[entry.stamp] = entry.row
+            self._sizes.add(entry.stamp[1])
+
+    def _read_index(self) -> None:
+        """Reads what the index has gained, up to the first line that is torn or whose row is not there."""
+        n_rows = self._rows_on_disk()
+        if not n_rows:
+            return
+        with contextlib.suppress(FileNotFoundError), open(self._index_file, "rb") as file:
+            file.seek(self._index_read)
+            for line in file:
+                entry = _parse(line)
+                if entry is None or not 0 <= entry.row < n_rows:
+                    break
+                self._learn(entry)
+                self._index_read += len(line)
+
+    # ---- Building ------------------------------------------------------------------------------------------------
+
+    def build(
+        self,
+        caption_set: CaptionSet,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+        max_broken: int | None = None,
+    ) -> list[str]:
+        """Computes the features that a set still lacks; says beforehand how many and how large they are.
+
+        Interrupted at any moment, even by a kill or a power cut, the next build goes on where this one stopped.
+
+        Args:
+            caption_set: the pictures.
+            batch_size: pictures a step of the network.
+            num_workers: threads that read pictures while the network runs; 0 is one of them.
+            device: where a copy of the backbone computes.
+            progress: whether to write the size and a bar to standard error.
+            max_broken: how many pictures may be unreadable; one in a hundred, but at least ten, where left out.
+
+        Returns:
+            one sentence for each picture that could not be read; it has no row.
+
+        Raises:
+            UserError: too little disk, another process builds this cache, too many pictures or all of them are
+                unreadable, or half precision cannot hold the features.
+        """
+        if self._backbone is None:
+            raise UserError(f"a copy of {self!r} made for reading cannot build; open it with FeatureCache.open")
+        if self.folder.name != fingerprint(self._backbone, self._transform, self._precision)[:16]:
+            raise UserError(
+                f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again with "
+                "FeatureCache.open"
+            )
+        if max_broken is None:
+            max_broken = max(10, len(caption_set) // 100)
+        with lock(self.folder, "is building the features in"):
+            self._forget()  # the disk alone knows, here and after a failure
+            missing = self.missing(caption_set)
+            if not missing and not self._moved:
+                return []
+            size = len(missing) * self._row_bytes
+            what = f"the features of {len(missing):,} images"
+            require_free_space(self.folder, size + len(missing) * INDEX_LINE_BYTES, what)
+            if progress and missing:
+                tqdm.write(f"{what}: {readable_size(size)} in {self.folder}, computed once", file=sys.stderr)
+            try:
+                return self._append(caption_set, missing, batch_size, num_workers, device, progress, max_broken)
+            except OSError as error:
+                raise UserError(
+                    f"the features cannot be written to {self.folder} ({error.strerror or error}); mend that and run "
+                    "the same again: it goes on where it stopped"
+                ) from error
+            finally:
+                self._forget()
+
+    def _append(
+        self,
+        caption_set: CaptionSet,
+        missing: list[int],
+        batch_size: int,
+        num_workers: int,
+        device: str | torch.device,
+        progress: bool,
+        max_broken: int,
+    ) -> list[str]:
+        compute = self._on_device(device)
+        broken: list[Picture] = []
+
+        def read(i: int) -> Picture:
+            path = caption_set.path(i)
+            name = str(path or caption_set.image_ids[i])
+            try:
+                stamp = None if path is None else _stamp(path)  # before reading: a change meanwhile makes it unknown
+                image = caption_set.image(i)
+                digest = _digest_of_pixels(image) if path is None else _digest_of_file(path)
+                return Picture(name, "", digest, stamp, self._transform(image))
+            except (BrokenImageError, OSError) as error:
+                return Picture(name, str(error))
+
+        with (
+            _Writer(self) as writer,
+            tqdm(total=len(missing), unit="image", desc="features", disable=not progress) as bar,
+            contextlib.closing(_ahead(read, missing, max(1, num_workers), batch_size + num_workers)) as pictures,
+        ):
+            while batch := list(islice(pictures, batch_size)):
+                broken += [picture for picture in batch if picture.problem]
+                good = [picture for picture in batch if not picture.problem]
+                # Pictures with the same contents share a row.
+                fresh = {p.digest: p.pixels for p in good if p.digest not in self._row_of_digest}
+                if fresh:
+                    writer.add_rows(list(fresh), compute(torch.stack(list(fresh.values()))))
+                writer.add_names(good)
+                bar.update(len(batch))
+                if len(broken) > max_broken or len(broken) == len(caption_set):
+                    raise _too_many_broken([picture.name for picture in broken], len(caption_set), max_broken)
+        return [picture.problem for picture in broken]
+
+    def _on_device(self, device: str | torch.device) -> Callable[[Tensor], np.ndarray]:
+        """The backbone as a function from pictures `(N, 3, S, S)` to half-precision rows."""
+        device = torch.device(device)
+        backbone = copy.deepcopy(self._backbone).to(device, memory_format=torch.channels_last)
+        reduced = self._precision == "bfloat16"
+
+        @torch.inference_mode()
+        def compute(images: Tensor) -> np.ndarray:
+            images = images.to(device, memory_format=torch.channels_last)
+            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
+                features = backbone(images)
+            if not (half := features.half()).isfinite().all():
+                raise UserError(
+                    f"the features of {backbone.name} reach {features.abs().max():.3g}, and the cache's half precision "
+                    "ends at 65504; train from pictures without a cache, or choose another backbone"
+                )
+            return half.cpu().numpy().astype("<f2", copy=False)
+
+        return compute
+
+
+class _Writer:
+    """Appends to a cache: rows first, flushed to the disk, then the lines of the index that name them.
+
+    The lines are written about once a second rather than with each batch: on a GPU, waiting for the disk at every
+    batch would cost more than the network.
+    """
+
+    def __init__(self, cache: FeatureCache) -> None:
+        self.cache, self.lines, self.last_commit = cache, bytearray(), time.monotonic()
+
+    def __enter__(self) -> _Writer:
+        cache = self.cache
+        # What a killed build left behind the last whole line of the index is cut off; this process has the lock.
+        self.rows_file, self.index_file = open(cache._features_file, "ab"), open(cache._index_file, "ab")
+        self.rows_file.truncate(cache._rows_known * cache._row_bytes)
+        self.index_file.truncate(cache._index_read)
+        for entry in cache._moved:
+            self._add(entry)
+        cache._moved.clear()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self.rows_file, self.index_file:  # closed even where the disk is full
+            self.commit()
+            os.fsync(self.index_file.fileno())
+
+    def add_rows(self, digests: list[str], rows: np.ndarray) -> None:
+        """Appends the rows of new pictures; until `add_names`, nothing refers to them."""
+        self.rows_file.write(rows.tobytes())
+        self.rows_file.flush()
+        for row, digest in enumerate(digests, self.cache._rows_known):
+            self.cache._learn(Entry(row, digest, None))
+
+    def add_names(self, pictures: Iterable[Picture]) -> None:
+        """Adds the lines of pictures whose rows are there."""
+        for picture in pictures:
+            entry = Entry(self.cache._row_of_digest[picture.digest], picture.digest, picture.stamp)
+            self.cache._learn(entry)
+            self._add(entry)
+        if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
+            self.commit()
+
+    def _add(self, entry: Entry) -> None:
+        self.lines += json.dumps(entry).encode() + b"\n"
+
+    def commit(self) -> None:
+        """Makes what was added survive a power cut: an index ahead of its rows would name rows of zeros."""
+        os.fsync(self.rows_file.fileno())
+        self.index_file.write(self.lines)
+        self.index_file.flush()
+        self.cache._index_read += len(self.lines)
+        self.lines.clear()
+        self.last_commit = time.monotonic()
+
+
+def _parse(line: bytes) -> Entry | None:
+    """A line of the index, or None if it is torn."""
+    try:
+        row, digest, stamp = json.loads(line) if line.endswith(b"\n") else None
+        return Entry(int(row), str(digest), None if stamp is None else (str(stamp[0]), int(stamp[1]), int(stamp[2])))
+    except (ValueError, TypeError, IndexError):
+        return None
+
+
+def _stamp(path: str | os.PathLike) -> Stamp | None:
+    try:
+        stat = os.stat(path)
+    except OSError:  # the reader of the picture says what is wrong with it
+        return None
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def _digest_of_file(path: str | os.PathLike) -> str:
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+
+def _digest_of_pixels(image: Tensor) -> str:
+    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
+    digest.update(image.reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def _too_many_broken(names: list[str], n_images: int, max_broken: int) -> UserError:
+    shown = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
+    if len(names) == n_images:
+        return UserError(f"none of the {n_images:,} pictures can be read ({shown}); check the folder they are in")
+    return UserError(
+        f"{len(names):,} of {n_images:,} pictures cannot be read, and at most {max_broken:,} may be skipped ({shown}); "
+        "repair or remove them, or allow more with max_broken"
+    )
+
+
+def _ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """`map` in threads, in order, at most `ahead` results early.
+
+    Threads, because decoding and resizing let go of Python's lock, and because a thread dies with its process: a
+    killed build leaves no worker behind.
+    """
+    n_threads = torch.get_num_threads()
+    # A picture is too small to share out: on a busy machine, the threads at work on one mostly wait for each other.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(n_threads)  # what threads that begin later are given

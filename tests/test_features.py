@@ -1,0 +1,605 @@
+"""The feature cache: what it holds is what the backbone gives, and nothing that happens to a build spoils it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from showtell.backbones import Backbone
+from showtell.datasets import CaptionSet, load
+from showtell.errors import UserError
+from showtell.features import FeatureCache, _ahead, fingerprint
+from showtell.model import CaptionModel
+from showtell.transforms import TINY, Transform
+
+
+def frozen(name: str = "tiny", seed: int = 0, **arguments) -> Backbone:
+    torch.manual_seed(seed)
+    backbone = Backbone(name, weights=None, **arguments)
+    backbone.fine_tune(None)
+    return backbone
+
+
+def write_pictures(folder: Path, n: int, first: int = 0) -> CaptionSet:
+    """`n` synthetic scenes as files, in a set of all that `folder` holds."""
+    from PIL import Image
+
+    scenes = load("synthetic", n=first + n, size=48)
+    folder.mkdir(exist_ok=True)
+    for i in range(first, first + n):
+        Image.fromarray(scenes.image(i).permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
+    return pictures_in(folder)
+
+
+def pictures_in(folder: Path) -> CaptionSet:
+    files = sorted(path.name for path in folder.iterdir())
+    return CaptionSet("folder", "train", files, [["a picture"]] * len(files), files, folder)
+
+
+def fresh_features(backbone: Backbone, transform: Transform, images: CaptionSet) -> torch.Tensor:
+    with torch.inference_mode():
+        return backbone(torch.stack([transform(images.image(i)) for i in range(len(images))]))
+
+
+def assert_holds(cache: FeatureCache, backbone: Backbone, images: CaptionSet) -> None:
+    """Every picture has a row, and it is what the backbone gives, within the rounding to half precision."""
+    cached, fresh = cache.get(cache.rows(images)), fresh_features(backbone, TINY, images)
+    assert cached.dtype == torch.float16
+    torch.testing.assert_close(cached.float(), fresh, rtol=2**-10, atol=1e-6)
+    assert fresh.std(0).max() > 1e-3, "the pictures look alike to this backbone: the comparison proves nothing"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> CaptionSet:
+    return write_pictures(tmp_path / "pictures", 10)
+
+
+@pytest.fixture
+def backbone() -> Backbone:
+    return frozen()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, backbone: Backbone) -> FeatureCache:
+    return FeatureCache.open(tmp_path / "cache", backbone, TINY)
+
+
+# ---- Cache == pixels ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [{}, {"grid": True}, {"name": "resnet18"}], ids=["vector", "grid", "resnet18"])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_cached_features_are_fresh_ones(tmp_path, images, arguments, num_workers):
+    backbone = frozen(**arguments)
+    cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+    assert cache.missing(images) == list(range(10))
+    assert cache.build(images, batch_size=4, num_workers=num_workers, progress=False) == []
+    assert cache.missing(images) == []
+    assert cache.shape == fresh_features(backbone, TINY, images).shape[1:]
+    assert_holds(cache, backbone, images)
+    assert torch.equal(cache[3], cache.get([3])[0])
+    assert len(cache) == 10
+
+
+def test_drawn_pictures_are_known_by_their_pixels(cache, backbone):
+    cache.build(load("synthetic", n=6), progress=False)
+    assert_holds(cache, backbone, load("synthetic", n=6))
+    assert cache.rows(load("synthetic", n=8)).tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    assert cache.rows(load("synthetic", n=2, seed=1)).tolist() == [-1, -1]
+    assert cache.rows(load("synthetic", n=2, size=96)).tolist() == [-1, -1]
+
+
+def test_training_from_the_cache_and_from_pixels_gives_the_same_losses(tmp_path, images):
+    captions = torch.randint(3, 20, (10, 7))
+    captions[:, 0] = 0
+    losses = {}
+    for source in ("pixels", "cache"):
+        torch.manual_seed(1)
+        config = {
+            "encoder": {"embed_size": 16, "backbone": "tiny"},
+            "decoder": {"name": "attend", "embed_size": 16, "hidden_size": 16, "vocab_size": 20, "attention_size": 16},
+        }
+        model = CaptionModel(config)
+        model.encoder.backbone.fine_tune(None)
+        if source == "pixels":
+            inputs = torch.stack([TINY(images.image(i)) for i in range(10)])
+        else:
+            cache = FeatureCache.open(tmp_path / "cache", model.encoder.backbone, TINY)
+            cache.build(images, progress=False)
+            inputs = cache.get(cache.rows(images)).float()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
+        losses[source] = []
+        for _ in range(20):
+            logits = model(inputs, captions)[0]
+            loss = F.cross_entropy(logits[:, -6:].flatten(0, 1), captions[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[source].append(loss.item())
+    assert losses["pixels"][-1] < 0.8 * losses["pixels"][0]
+    np.testing.assert_allclose(losses["cache"], losses["pixels"], rtol=2e-3)
+
+
+def test_bfloat16_is_close_and_kept_apart(tmp_path, images, backbone, cache):
+    cache.build(images, progress=False)
+    reduced = FeatureCache.open(tmp_path / "cache", backbone, TINY, precision="bfloat16")
+    assert reduced.missing(images) == list(range(10))
+    reduced.build(images, progress=False)
+    exact, rough = cache.get(cache.rows(images)).float(), reduced.get(reduced.rows(images)).float()
+    assert 0 < (exact - rough).abs().max() < 0.02 * exact.abs().max()
+
+
+def test_building_leaves_the_backbone_as_it_was(images, backbone, cache):
+    before = {name: (t.clone(), t.stride()) for name, t in backbone.state_dict().items()}
+    cache.build(images, progress=False)
+    for name, tensor in backbone.state_dict().items():
+        assert torch.equal(tensor, before[name][0])
+        assert tensor.stride() == before[name][1]
+
+
+# ---- One cache a fingerprint -------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_differs_whenever_the_features_would():
+    resnet, strided = frozen("resnet50"), frozen("resnet50", stride_in_1x1=True)
+    strided.load_state_dict(resnet.state_dict())
+    prints = [fingerprint(resnet, TINY), fingerprint(strided, TINY)]
+    prints += [fingerprint(resnet, Transform(resize=(72, 72))), fingerprint(resnet, TINY, "bfloat16")]
+    grid = copy.deepcopy(resnet)
+    assert fingerprint(grid, TINY) == prints[0]
+    grid.grid = True
+    prints.append(fingerprint(grid, TINY))
+    with torch.no_grad():
+        resnet.net.bn1.running_mean[0] += 1e-3
+    prints.append(fingerprint(resnet, TINY))
+    assert len(set(prints)) == 6
+
+
+def test_a_backbone_that_changed_since_the_cache_was_opened_is_refused(images, backbone, cache):
+    with torch.no_grad():
+        backbone.net.stem[0].weight.mul_(2)
+    with pytest.raises(UserError, match=r"the weights of tiny changed after .* was opened; open it again"):
+        cache.build(images, progress=False)
+
+
+def test_another_backbone_gets_another_folder(tmp_path, images, cache):
+    cache.build(images, progress=False)
+    other = FeatureCache.open(tmp_path / "cache", frozen(seed=1), TINY)
+    assert other.folder.parent == cache.folder.parent
+    assert other.missing(images) == list(range(10))
+    again = FeatureCache.open(tmp_path / "cache", frozen(), TINY)
+    assert again.folder == cache.folder
+    assert again.missing(images) == []
+    about = json.loads((cache.folder / "cache.json").read_text("utf-8"))
+    assert about["fingerprint"].startswith(cache.folder.name)
+    assert Transform.from_dict(about["transform"]) == TINY
+
+
+# ---- The same cache for more pictures ----------------------------------------------------------------------------
+
+
+def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that a backbone sees from now on."""
+    sizes: list[int] = []
+    forward = Backbone.forward
+
+    def counting(self, images):
+        sizes.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(Backbone, "forward", counting)
+    return sizes
+
+
+def test_new_pictures_extend_a_cache(images, backbone, cache, monkeypatch):
+    cache.build(images, progress=False)
+    before = cache.get(cache.rows(images))
+    computed = count_computed(monkeypatch)
+    more = write_pictures(Path(images.folder), 5, first=10)
+    assert cache.missing(more) == [10, 11, 12, 13, 14]
+    cache.build(more, progress=False)
+    cache.build(more, progress=False)
+    assert sum(computed) == 5
+    assert torch.equal(cache.get(cache.rows(images)), before)
+    assert_holds(cache, backbone, more)
+
+
+def test_a_moved_or_copied_folder_is_known_again_without_the_network(tmp_path, images, cache, monkeypatch):
+    cache.build(images, progress=False)
+    rows = cache.rows(images)
+    other = tmp_path / "elsewhere"
+    shutil.copytree(images.folder, other, copy_function=shutil.copyfile)  # without the times of change
+    computed = count_computed(monkeypatch)
+    assert cache.rows(pictures_in(other)).tolist() == rows.tolist()
+    cache.build(pictures_in(other), progress=False)
+    assert computed == []
+    assert len(cache) == 10
+    assert str(other / "000.png") in (cache.folder / "index.jsonl").read_text("utf-8")
+
+
+def test_pictures_of_one_name_size_and_time_are_not_confused(tmp_path, backbone, cache):
+    first, second = write_pictures(tmp_path / "a", 1), write_pictures(tmp_path / "b", 1)
+    pixels = first.image(0).clone()
+    for images, value in ((first, 0), (second, 255)):
+        from PIL import Image
+
+        pixels[:] = value
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(images.path(0), format="BMP")
+        os.utime(images.path(0), ns=(10**18, 10**18))
+    assert os.path.getsize(first.path(0)) == os.path.getsize(second.path(0))
+    cache.build(first, progress=False)
+    assert cache.missing(second) == [0]
+    cache.build(second, progress=False)
+    assert_holds(cache, backbone, CaptionSet("folder", "", [0, 1], [[], []], ["a/000.png", "b/000.png"], tmp_path))
+
+
+def test_a_changed_picture_is_computed_anew(images, backbone, cache):
+    cache.build(images, progress=False)
+    shutil.copyfile(images.path(5), images.path(2))
+    write_pictures(Path(images.folder), 1, first=20)
+    os.replace(Path(images.folder) / "020.png", images.path(7))
+    assert cache.missing(images) == [7]  # picture 2 is now a copy of 5, which has a row
+    cache.build(images, progress=False)
+    assert_holds(cache, backbone, images)
+
+
+def test_equal_pictures_share_a_row(images, backbone, cache):
+    shutil.copyfile(images.path(0), images.path(1))
+    cache.build(images, progress=False)
+    rows = cache.rows(images)
+    assert rows[0] == rows[1]
+    assert len(cache) == 9
+    assert_holds(cache, backbone, images)
+
+
+# ---- Whatever happens to a build ---------------------------------------------------------------------------------
+
+BUILD_SLOWLY = textwrap.dedent(
+    """
+    import sys, time
+    from test_features import TINY, FeatureCache, frozen, pictures_in
+    from pathlib import Path
+
+    torch_cache, folder, pause_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    cache = FeatureCache.open(torch_cache, frozen(), TINY)
+    images = pictures_in(folder)
+    image = images.image
+    def slow(i):
+        time.sleep(pause_s)
+        return image(i)
+    images.image = slow
+    print("begins", flush=True)
+    cache.build(images, batch_size=2, progress=False)
+    """
+)
+
+
+def build_in_another_process(cache_folder: Path, images: CaptionSet, pause_s: float) -> subprocess.Popen:
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", BUILD_SLOWLY, str(cache_folder), images.folder, str(pause_s)],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition, process: subprocess.Popen, timeout_s: float = 60) -> None:
+    limit = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the build ended before it could be disturbed"
+        assert time.monotonic() < limit, "the build does not get on"
+        time.sleep(0.02)
+
+
+def test_a_killed_build_goes_on_where_it_stopped(tmp_path, images, backbone, cache, monkeypatch):
+    images = write_pictures(Path(images.folder), 30, first=10)
+    process = build_in_another_process(tmp_path / "cache", images, 0.15)
+    try:
+        wait_until(lambda: len(cache) >= 4, process)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    done = len(FeatureCache.open(tmp_path / "cache", backbone, TINY))
+    assert 4 <= done < 40
+    computed = count_computed(monkeypatch)
+    assert cache.build(images, progress=False) == []  # the dead process holds no lock either
+    assert sum(computed) == 40 - done
+    assert_holds(cache, backbone, images)
+
+
+def test_one_process_builds_at_a_time_and_others_read(tmp_path, images, cache):
+    process = build_in_another_process(tmp_path / "cache", images, 0.5)
+    try:
+        wait_until(lambda: len(cache) >= 2, process)
+        reader = FeatureCache.open(tmp_path / "cache", frozen(), TINY)
+        rows = reader.rows(images)
+        assert reader.get(rows[rows >= 0]).isfinite().all()
+        with pytest.raises(UserError, match=rf"process {process.pid} on .* is building .*; wait until it ends"):
+            cache.build(images, progress=False)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_one_process_cannot_build_twice_at_once(images, backbone, cache, monkeypatch):
+    forward = Backbone.forward
+
+    def build_inside(self, batch):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is building"):
+            FeatureCache(cache.folder, cache.shape, backbone, TINY).build(images, progress=False)
+        return forward(self, batch)
+
+    monkeypatch.setattr(Backbone, "forward", build_inside)
+    cache.build(images, progress=False)
+    assert len(cache) == 10
+
+
+@pytest.mark.parametrize("cut", [1, 3, 40, "lines", "everything"])
+def test_a_torn_index_is_cut_at_its_last_whole_line(tmp_path, images, backbone, cache, cut):
+    cache.build(images, progress=False)
+    index = cache.folder / "index.jsonl"
+    whole = index.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    torn = (
+        {"lines": b"".join(lines[:4]) + b"\0" * 500, "everything": b""}.get(cut)
+        if isinstance(cut, str)
+        else whole[:-cut]
+    )
+    index.write_bytes(torn)
+    kept = {"lines": 4, "everything": 0}.get(cut, 9)
+    cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+    assert len(cache) == kept
+    cache.build(images, progress=False)
+    assert_holds(cache, backbone, images)
+    assert (cache.folder / "features.f16").stat().st_size == 10 * 128 * 2
+    assert len(index.read_bytes().splitlines()) == 10
+    assert_holds(FeatureCache.open(tmp_path / "cache", backbone, TINY), backbone, images)
+
+
+@pytest.mark.parametrize("change", [-1, -128 * 2 * 4, 77], ids=["torn row", "lost rows", "surplus"])
+def test_rows_and_index_that_disagree_are_brought_together(tmp_path, images, backbone, cache, change):
+    cache.build(images, progress=False)
+    features = cache.folder / "features.f16"
+    os.truncate(features, features.stat().st_size + change)
+    cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+    assert len(cache) == {-1: 9, -1024: 6, 77: 10}[change]
+    more = write_pictures(Path(images.folder), 2, first=10)
+    cache.build(more, progress=False)
+    assert_holds(cache, backbone, more)
+    assert features.stat().st_size == 12 * 128 * 2
+
+
+def test_a_build_that_fails_in_the_middle_keeps_what_it_had(images, backbone, cache, monkeypatch):
+    forward, calls = Backbone.forward, []
+
+    def interrupted(self, batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.build(images, batch_size=3, progress=False)
+    assert len(cache) == 6
+    computed = count_computed(monkeypatch)
+    cache.build(images, progress=False)
+    assert sum(computed) == 4
+    assert_holds(cache, backbone, images)
+
+
+def test_a_folder_deleted_under_an_open_cache_is_begun_again(images, backbone, cache):
+    cache.build(images, progress=False)
+    assert len(cache) == 10
+    shutil.rmtree(cache.folder)
+    cache.build(images, progress=False)
+    assert_holds(cache, backbone, images)
+
+
+def test_the_index_never_names_a_row_that_a_power_cut_could_take(images, cache, monkeypatch):
+    monkeypatch.setattr("showtell.features.COMMIT_EVERY_S", 0)
+    fsync, safe, named = os.fsync, [0], []
+
+    def watched(descriptor):
+        fsync(descriptor)
+        lines = (cache.folder / "index.jsonl").read_bytes().splitlines()
+        if os.path.samestat(os.fstat(descriptor), os.stat(cache.folder / "features.f16")):
+            safe.append(os.fstat(descriptor).st_size // (128 * 2))
+        named.append((len(lines), safe[-1]))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    cache.build(images, batch_size=4, progress=False)
+    assert all(n_lines <= n_safe for n_lines, n_safe in named)
+    assert safe[-1] == 10
+    assert named[-1] == (10, 10)
+
+
+def test_a_full_disk_beforehand_is_refused_beforehand(images, cache, monkeypatch):
+    usage = shutil.disk_usage(cache.folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"the features of 10 images needs? .* KB .* has 1000 bytes free"):
+        cache.build(images, progress=False)
+    assert not (cache.folder / "features.f16").exists()
+
+
+def test_a_disk_that_fills_up_is_reported_in_a_sentence(images, backbone, cache, monkeypatch):
+    fsync, calls = os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot be written to .* \(No space left on device\); .* goes on where"):
+        cache.build(images, progress=False)
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert calls
+    cache.build(images, progress=False)
+    assert_holds(cache, backbone, images)
+
+
+def test_the_size_is_said_beforehand_on_standard_error(images, cache, capsys):
+    cache.build(images)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"the features of 10 images: 2.5 KB in {cache.folder}, computed once")
+    cache.build(images)
+    assert capsys.readouterr() == ("", "")
+
+
+# ---- Broken pictures ---------------------------------------------------------------------------------------------
+
+
+def test_broken_pictures_are_named_skipped_and_tried_again(images, backbone, cache):
+    folder = Path(images.folder)
+    good = (folder / "004.png").read_bytes()
+    (folder / "002.png").write_bytes(b"")
+    (folder / "004.png").write_text("not a picture")
+    (folder / "006.png").unlink()
+    (folder / "008.png").write_bytes((folder / "008.png").read_bytes()[:60])
+    broken = cache.build(images, batch_size=3, progress=False)
+    assert len(broken) == 4
+    for name, sentence in zip(("002", "004", "006", "008"), broken, strict=True):
+        assert str(folder / f"{name}.png") in sentence
+    assert cache.rows(images).tolist() == [0, 1, -1, 2, -1, 3, -1, 4, -1, 5]
+    (folder / "004.png").write_bytes(good)
+    assert len(cache.build(images, progress=False)) == 3
+    assert cache.missing(images) == [2, 6, 8]
+    with pytest.raises(IndexError, match="rows -1 to 6 were asked for"):
+        cache.get(cache.rows(images))
+
+
+def test_too_many_broken_pictures_stop_the_build_with_their_list(images, cache):
+    for i in range(5, 9):
+        Path(images.path(i)).write_bytes(b"")
+    with pytest.raises(UserError, match=r"3 of 10 pictures .* at most 2 .*005\.png, .*007\.png\); repair or remove"):
+        cache.build(images, batch_size=1, max_broken=2, progress=False)
+    assert len(cache) == 5
+    assert len(cache.build(images, max_broken=4, progress=False)) == 4
+
+
+def test_a_folder_without_one_readable_picture_stops_the_build(images, cache):
+    for i in range(10):
+        Path(images.path(i)).write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 10 pictures can be read \(.*000\.png, .*009\.png\)"):
+        cache.build(images, progress=False)
+
+
+# ---- What cannot be cached ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transform", "sentence"),
+    [
+        (Transform(resize=72, crop=64, random_crop=True), r"random_crop or flip is on\); give transform.evaluation"),
+        (Transform(resize=(64, 64), flip=True), r"random_crop or flip is on\); give transform.evaluation"),
+        (Transform(resize=64), r"many shapes and a cache needs one; add a crop"),
+        (lambda image: image, r"a function is not a transform that a cache can recognise"),
+    ],
+)
+def test_a_transform_that_cannot_be_cached_is_refused(tmp_path, transform, sentence):
+    with pytest.raises(UserError, match=sentence):
+        FeatureCache.open(tmp_path, frozen(), transform)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backbone_that_trains_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tiny cannot be cached while it trains; freeze it with backbone.fine_tune"):
+        FeatureCache.open(tmp_path, Backbone("tiny"), TINY)
+
+
+def test_an_unknown_precision_is_refused(tmp_path):
+    with pytest.raises(UserError, match="precision='half' is not known; choose one of float32, bfloat16"):
+        FeatureCache.open(tmp_path, frozen(), TINY, precision="half")
+
+
+def test_features_beyond_half_precision_are_refused(tmp_path, images):
+    backbone = frozen()
+    with torch.no_grad():
+        backbone.net.stages[-2].weight.fill_(1e6)
+    with pytest.raises(UserError, match="half precision ends at 65504"):
+        FeatureCache.open(tmp_path / "cache", backbone, TINY).build(images, progress=False)
+
+
+# ---- In loader workers -------------------------------------------------------------------------------------------
+
+
+def test_a_cache_pickles_small_and_reads_alike(images, cache):
+    cache.build(images, progress=False)
+    rows = cache.rows(images)
+    cache.get(rows)
+    data = pickle.dumps(cache)
+    assert len(data) < 1000
+    reader = pickle.loads(data)
+    assert torch.equal(reader.get(rows), cache.get(rows))
+    assert reader.rows(images).tolist() == rows.tolist()
+    with pytest.raises(UserError, match=r"made for reading cannot build; open it with FeatureCache\.open"):
+        reader.build(images, progress=False)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_workers_read_the_same(images, cache, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    cache.build(images, progress=False)
+    loader = torch.utils.data.DataLoader(cache, 4, num_workers=1, multiprocessing_context=method)
+    assert torch.equal(torch.cat(list(loader)), cache.get(range(10)))
+
+
+def test_a_reader_sees_what_another_adds(tmp_path, images, backbone, cache):
+    reader = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+    assert len(reader) == 0
+    with pytest.raises(IndexError, match="has 0"):
+        reader[0]
+    cache.build(images, progress=False)
+    assert_holds(reader, backbone, images)
+    more = write_pictures(Path(images.folder), 3, first=10)
+    cache.build(more, progress=False)
+    assert_holds(reader, backbone, more)
+
+
+def test_reading_ahead_keeps_the_order_and_its_bound():
+    started: list[int] = []
+    n_threads = torch.get_num_threads()
+    results = _ahead(lambda i: started.append(i) or i, range(100), workers=3, ahead=5)
+    assert next(results) == 0
+    time.sleep(0.05)
+    assert len(started) <= 6
+    assert list(results) == list(range(1, 100))
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == n_threads
+
+
+# ---- Real photographs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_photographs_through_a_real_resnet(tmp_path, flickr8k, weights):
+    photographs = load("flickr8k", flickr8k, split="val").subset(24)
+    transform = Transform(resize=256, crop=224)
+    backbone = Backbone("resnet50", weights=weights / "resnet50_imagenet_pruned.safetensors", stride_in_1x1=True)
+    cache = FeatureCache.open(tmp_path, backbone, transform)
+    assert cache.build(photographs, batch_size=8, progress=False) == []
+    cached, fresh = cache.get(cache.rows(photographs)).float(), fresh_features(backbone, transform, photographs)
+    torch.testing.assert_close(cached, fresh, rtol=2**-10, atol=1e-4)
