@@ -1,0 +1,267 @@
+"""The ancestors' files, in and out: `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl` of Show and Tell captioners.
+
+Layers are recognised by their shape and role, not by their name, because each project gave them other names.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from showtell.checkpoint import Checkpoint, build_model, read_plain_pickle
+from showtell.errors import UserError
+from showtell.files import atomic_path
+from showtell.transforms import IMAGENET, Transform
+from showtell.vocabulary import Vocabulary
+
+# nn.Sequential(*list(resnet.children())[:-1]) numbers the layers; 2, 3 and 8 (ReLU and poolings) have no weights.
+_NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_NAMED = {name: number for number, name in _NUMBERED.items()}
+# (whether the blocks are bottlenecks, how many each layer has) -> torchvision's name
+_RESNETS = {
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
+_BATCH_NORM_EPS = 1e-5  # PyTorch's default, which all of them kept
+_Linear = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
+
+
+def import_legacy(
+    encoder_path: str | PathLike,
+    decoder_path: str | PathLike,
+    vocab_path: str | PathLike,
+    transform: Transform = IMAGENET,
+) -> Checkpoint:
+    """Reads an ancestor's captioner: a torchvision ResNet, a linear layer, an LSTM whose first input is the image.
+
+    A `BatchNorm1d` behind the encoder's linear layer is folded into that layer, which changes nothing in eval mode.
+    Files saved from `nn.DataParallel` are read too. No pickle is executed.
+
+    Args:
+        encoder_path: the encoder's state dict.
+        decoder_path: the decoder's state dict.
+        vocab_path: the vocabulary, a pickled `Vocabulary` object.
+        transform: how the model sees pictures; the file does not say. Most ancestors trained on crops of 224 pixels.
+
+    Raises:
+        MissingFileError: one of the files is not there.
+        UserError: a file is damaged, is a whole pickled module, holds another kind of model, or does not fit the rest.
+    """
+    vocab = Vocabulary.load(vocab_path)
+    backbone, net, (weight, bias) = _read_encoder(_state_dict(encoder_path, "encoder"), encoder_path)
+    decoder, sizes = _read_decoder(_state_dict(decoder_path, "decoder"), decoder_path)
+    if sizes["vocab_size"] != len(vocab):
+        raise UserError(
+            f"{vocab_path} has {len(vocab)} words and {decoder_path} was trained with {sizes['vocab_size']}; "
+            "give the vocabulary file of the same training run"
+        )
+    if sizes["embed_size"] != len(bias):
+        raise UserError(
+            f"{encoder_path} gives {len(bias)} numbers an image and {decoder_path} reads {sizes['embed_size']}; "
+            "give the encoder and decoder of the same epoch of the same run"
+        )
+    tensors = {f"encoder.backbone.net.{name}": tensor for name, tensor in net.items()}
+    tensors |= {"encoder.embed.weight": weight, "encoder.embed.bias": bias}
+    tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.items()}
+    config = {
+        "encoder": {"embed_size": sizes["embed_size"], "backbone": backbone},
+        "decoder": {"name": "show-tell", **sizes},
+    }
+    names = {"encoder": Path(encoder_path).name, "decoder": Path(decoder_path).name, "vocab": Path(vocab_path).name}
+    model = build_model(config, tensors, f"{encoder_path} with {decoder_path}")
+    return Checkpoint(model, vocab, transform.evaluation(), {"imported_from": names})
+
+
+def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 1) -> tuple[Path, Path, Path]:
+    """Writes `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl`, for a project that is built as the ancestors are.
+
+    The first two are state dicts with the keys `resnet.*` and `embed.*`, and `embed.*`, `lstm.*` and `linear.*`. A
+    batch norm behind the encoder's linear layer is folded into that layer. The vocabulary is plain lists, as
+    `Vocabulary.save` writes it. The image transform has no place in these files.
+
+    Args:
+        checkpoint: a Show and Tell model on a torchvision ResNet.
+        folder: where to write; made if need be.
+        number: N, the epoch in the ancestors' use.
+
+    Returns:
+        The paths of encoder, decoder and vocabulary.
+
+    Raises:
+        UserError: the ancestors have no such model; the sentence says why.
+    """
+    config, model = checkpoint.model.config, checkpoint.model
+    decoder, encoder = config["decoder"]["name"], config["encoder"]
+    backbone = model.encoder.backbone.name
+    remedy = "export it as onnx, or train a show-tell decoder on a ResNet of torchvision"
+    if decoder != "show-tell":
+        raise UserError(f"the legacy format holds show-tell decoders, and this one is {decoder!r}; {remedy}")
+    if backbone not in _RESNETS.values():
+        known = ", ".join(_RESNETS.values())
+        raise UserError(f"the legacy format holds {known}, and this model's backbone is {backbone!r}; {remedy}")
+    if encoder.get("stride_in_1x1"):
+        raise UserError(
+            f"this model's {backbone} has its strides in the 1x1 convolutions (stride_in_1x1), where torchvision's "
+            f"layout, which the legacy format means, has them in the 3x3; {remedy}"
+        )
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.encoder.embed.state_dict().items()}
+    weight, bias = _fold(state, "0.", "1.") if encoder.get("batch_norm") else (state["weight"], state["bias"])
+    encoder_state = {"embed.weight": weight, "embed.bias": bias}
+    for name, tensor in model.encoder.backbone.net.state_dict().items():
+        layer, _, rest = name.partition(".")
+        encoder_state[f"resnet.{_NAMED[layer]}.{rest}"] = tensor.cpu()
+    # Clones, because a weight shared by two layers must not stay shared in the file.
+    decoder_state = {name: tensor.float().cpu().clone() for name, tensor in model.decoder.state_dict().items()}
+    folder = Path(folder)
+    paths = (folder / f"encoder-{number}.pkl", folder / f"decoder-{number}.pkl", folder / "vocab.pkl")
+    for path, content in zip(paths, (encoder_state, decoder_state), strict=False):
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    checkpoint.vocab.save(paths[2])
+    return paths
+
+
+def _state_dict(path: str | PathLike, role: str) -> dict[str, Tensor]:
+    """Reads a state dict in single precision, without the `module.` of `nn.DataParallel`."""
+    content = read_plain_pickle(path, role, f"give the ancestor's {role} state dict")
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path} holds a {type(content).__name__} and no state dict; save {role}.state_dict() alone")
+    if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
+        raise UserError(
+            f"{path} holds {', '.join(others[:4])} beside or instead of tensors; save {role}.state_dict() alone"
+        )
+    state = {str(key): value.float() if value.is_floating_point() else value for key, value in content.items()}
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, dict[str, Tensor], _Linear]:
+    """Returns the ResNet's name, its tensors by torchvision's names, and the linear layer with the batch norm in it."""
+    first = next((key for key, tensor in state.items() if tensor.shape == (64, 3, 7, 7)), None)
+    if first is None:
+        raise UserError(
+            f"{path} has no ResNet (no 7x7 convolution of a picture, but {_some(state)}); "
+            "give the encoder first, the decoder second and the vocabulary third"
+        )
+    prefix = first.removesuffix("weight").removesuffix("conv1.").removesuffix("0.")  # "resnet." in all of them
+    net: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        layer, _, name = key.removeprefix(prefix).partition(".")
+        layer = _NUMBERED.get(layer, layer)
+        if key.startswith(prefix) and layer in _NAMED:
+            net[f"{layer}.{name}"] = tensor
+        else:
+            rest[key] = tensor
+    for key in [key for key in net if key.endswith("running_var")]:  # PyTorch before 0.4.1 did not count batches
+        net.setdefault(key.replace("running_var", "num_batches_tracked"), torch.tensor(0))
+
+    blocks = tuple(len({key.split(".")[1] for key in net if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in net
+    if (bottleneck, blocks) not in _RESNETS:
+        raise UserError(
+            f"{path} has a ResNet of {blocks} blocks, which torchvision does not; "
+            f"{', '.join(_RESNETS.values())} can be imported"
+        )
+    feature_size = 2048 if bottleneck else 512
+    heads = [stem for stem, weight in _matrices(rest).items() if weight.shape[1] == feature_size]
+    heads = [stem for stem in heads if f"{stem}bias" in rest]
+    if not heads:
+        raise UserError(
+            f"{path} lacks the linear layer from the ResNet's {feature_size} features to the embedding; "
+            "save the whole encoder's state_dict()"
+        )
+    used = {f"{heads[0]}weight", f"{heads[0]}bias"}
+    head = (rest[f"{heads[0]}weight"], rest[f"{heads[0]}bias"])
+    for norm in [key.removesuffix("running_mean") for key in rest if key.endswith("running_mean")][:1]:
+        parts = [f"{norm}{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+        if all(part in rest and rest[part].shape == head[1].shape for part in parts):
+            head = _fold(rest, heads[0], norm)
+            used |= {*parts, f"{norm}num_batches_tracked"}
+    _refuse_others(rest, used, path, "a ResNet, a linear layer and a batch norm")
+    return _RESNETS[bottleneck, blocks], net, head
+
+
+def _read_decoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Returns the decoder's tensors by our names, and the sizes that `DecoderRNN` takes."""
+    matrices = _matrices(state)
+    embeds = [stem for stem in matrices if f"{stem}bias" not in state]
+    classifiers = [stem for stem in matrices if f"{stem}bias" in state]
+    lstms = [
+        key.removesuffix("weight_ih_l0") for key in state if key.endswith("weight_ih_l0") and state[key].dim() == 2
+    ]
+    lacks = [
+        what
+        for what, found in (
+            ("a word embedding (a matrix without bias)", embeds),
+            ("an LSTM (weight_ih_l0 and so on)", lstms),
+            ("a classifier (a linear layer with one row a word)", classifiers),
+        )
+        if not found
+    ]
+    if lacks:
+        raise UserError(
+            f"{path} lacks {' and '.join(lacks)}, and has {_some(state)}; "
+            "give the encoder first, the decoder second and the vocabulary third"
+        )
+    lstm, embed = lstms[0], matrices[embeds[0]]
+    vocab_size, embed_size = embed.shape
+    # The classifier is the layer with a row a word; where none fits, the first serves to say so below.
+    classifier = next((stem for stem in classifiers if matrices[stem].shape[0] == vocab_size), classifiers[0])
+    rows, hidden_size = matrices[classifier].shape
+    if rows != vocab_size:
+        raise UserError(
+            f"{path} has an embedding of {vocab_size} words and a classifier of {rows}; "
+            "a decoder whose two agree can be imported"
+        )
+    layers = sum(key.startswith(f"{lstm}weight_ih_l") and not key.endswith("_reverse") for key in state)
+    gates, inputs = state[f"{lstm}weight_ih_l0"].shape
+    if (gates, inputs) != (4 * hidden_size, embed_size):
+        raise UserError(
+            f"{path} has a recurrent layer of shape {gates} x {inputs}, where an LSTM that reads one embedding a step "
+            f"has {4 * hidden_size} x {embed_size}; only such Show and Tell decoders can be imported"
+        )
+    names = [f"{kind}_{way}_l{i}" for i in range(layers) for kind in ("weight", "bias") for way in ("ih", "hh")]
+    renamed = {f"{embeds[0]}weight": "embed.weight"}
+    renamed |= {f"{classifier}{name}": f"linear.{name}" for name in ("weight", "bias")}
+    renamed |= {f"{lstm}{name}": f"lstm.{name}" for name in names}
+    _refuse_others(state, set(renamed), path, "an embedding, an LSTM and a classifier")
+    sizes = dict(embed_size=embed_size, hidden_size=hidden_size, vocab_size=vocab_size, num_layers=layers)
+    return {new: state[old] for old, new in renamed.items() if old in state}, sizes
+
+
+def _matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The 2-D weights of layers, by their names up to and with the last dot; an LSTM's end otherwise."""
+    return {
+        key.removesuffix("weight"): tensor
+        for key, tensor in state.items()
+        if tensor.dim() == 2 and (key == "weight" or key.endswith(".weight"))
+    }
+
+
+def _fold(state: dict[str, Tensor], linear: str, norm: str) -> _Linear:
+    """A linear layer and the batch norm behind it, as the one linear layer that the two are in eval mode."""
+    weight, bias = (state[f"{linear}{name}"].double() for name in ("weight", "bias"))
+    gain, offset, mean, variance = (
+        state[f"{norm}{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = gain / (variance + _BATCH_NORM_EPS).sqrt()
+    return (weight * scale[:, None]).float(), ((bias - mean) * scale + offset).float()
+
+
+def _refuse_others(state: dict[str, Tensor], used: set[str], path: str | PathLike, parts: str) -> None:
+    others = [key for key in state if key not in used]
+    if others:
+        raise UserError(f"{path} holds {_some(others)} beside {parts}; only plain Show and Tell models can be imported")
+
+
+def _some(keys: dict[str, Tensor] | list[str]) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
