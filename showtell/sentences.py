@@ -23,11 +23,10 @@ COLORS = {
     "green": (44, 150, 66),
     "blue": (38, 84, 196),
     "yellow": (240, 200, 20),
-    "purple": (134, 60, 176),
     "orange": (242, 128, 24),
     "black": (26, 26, 30),
 }
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 OPENERS = ("there", "here", "a picture of")
@@ -162,12 +161,15 @@ def _placed(group: Sequence[Thing], place: str, clearly: bool = False) -> bool:
 
 
 def _sentence(rng: Random, groups: Sequence[Sequence[Thing]]) -> str:
-    groups = list(groups) if rng.random() < 0.5 else list(groups)[::-1]
+    groups = sorted(groups, key=lambda group: sum(thing.x for thing in group) / len(group))  # as one reads
     style = rng.random()
     number = "" if style < 0.12 else "one" if style < 0.24 else "a"
+    relate = rng.random() < 0.5
+    if relate and rng.random() < 0.5:
+        groups.reverse()
     names = [_name(rng, group, number) for group in groups]
     relations = [r for r in RELATIONS if len(groups) == 2 and related(groups[0], r, groups[1], clearly=True)]
-    if not (relations and rng.random() < 0.6):
+    if not (relations and relate):
         places = [_clear_place(rng, group) if rng.random() < 0.35 else "" for group in groups]
         if number and places[0] and rng.random() < 0.2:
             return " and ".join([f"{places[0]} {_verb(groups[0])} {names[0]}", *names[1:]])
@@ -187,7 +189,7 @@ def _sentence(rng: Random, groups: Sequence[Sequence[Thing]]) -> str:
 def _name(rng: Random, group: Sequence[Thing], number: str) -> str:
     thing = group[0]
     words = [thing.size] if rng.random() < 0.8 else []
-    words += [thing.color, thing.shape if len(group) == 1 else _plural(thing.shape)]
+    words += [thing.color, thing.shape if len(group) == 1 else f"{thing.shape}s"]
     if len(group) > 1:
         number = {2: "two", 3: "three"}[len(group)]
     elif number == "a":
@@ -208,11 +210,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def _plural(shape: str) -> str:
-    return "crosses" if shape == "cross" else f"{shape}s"
-
-
-_NOUNS = {noun: shape for shape in SHAPES for noun in (shape, _plural(shape))}
+_NOUNS = {noun: shape for shape in SHAPES for noun in (shape, f"{shape}s")}
 
 
 @dataclass(frozen=True)
@@ -322,5 +320,5 @@ def _judge(
 
 def _say(group: Sequence[Thing]) -> str:
     number = "the" if len(group) == 1 else f"the {len(group)}"
-    noun = group[0].shape if len(group) == 1 else _plural(group[0].shape)
+    noun = group[0].shape if len(group) == 1 else f"{group[0].shape}s"
     return f"{number} {group[0].size} {group[0].color} {noun}"
