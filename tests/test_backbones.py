@@ -1,0 +1,378 @@
+"""The backbones: torchvision's networks without their last layers, frozen for good, with weights from anywhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torchvision import models
+
+from showtell.backbones import Backbone, TinyNet, load_backbone_weights
+from showtell.errors import MissingFileError, UserError
+from showtell.transforms import IMAGENET
+
+CLASSIFIERS = [name for name in models.list_models(module=models) if not name.startswith("vit_")]
+
+
+def pictures(n=2, size=64):
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def torchvisions(name: str) -> nn.Module:
+    """The whole network with random weights, as torchvision evaluates its pretrained one."""
+    inception = {"init_weights": False, "transform_input": True} if name in ("inception_v3", "googlenet") else {}
+    return models.get_model(name, weights=None, **inception).eval()
+
+
+@torch.no_grad()
+def settle(net: nn.Module, images: torch.Tensor) -> None:
+    """Gives batch norm the statistics of these pictures; a deep network of random weights is nearly silent without."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    net(images)
+    net.eval()
+
+
+@pytest.fixture
+def frozen():
+    return Backbone("resnet18", weights=None)
+
+
+# ---- The same network as torchvision's ---------------------------------------------------------------------------
+
+
+def finish(net: nn.Module, name: str, vector: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
+    """Class scores from the backbone's features, by the network's own last layers."""
+    if name.startswith(("resnet", "inception", "shufflenet", "regnet", "wide", "resnext", "googlenet")):
+        return net.fc(vector)
+    if name.startswith("squeezenet"):
+        side = int(grid.shape[1] ** 0.5)
+        return net.classifier(grid.transpose(1, 2).unflatten(2, (side, side))).flatten(1)
+    if name.startswith("convnext"):
+        return net.classifier(vector[:, :, None, None])
+    if name.startswith("swin"):
+        return net.head(vector)
+    return net.classifier(vector)
+
+
+def assert_same_network(name: str, size: int, weights_file) -> None:
+    net, images = torchvisions(name), pictures(3, size)
+    settle(net, images)
+    torch.save(net.state_dict(), weights_file)
+    vector = Backbone(name, weights=weights_file)
+    grid = Backbone(name, grid=True, weights=weights_file)
+    with torch.no_grad():
+        cells = grid(images)
+        scores = finish(net, name, vector(images), cells)
+        expected = net(images)
+    torch.testing.assert_close(cells.mean(1), vector(images), atol=1e-5, rtol=1e-4)
+    error = (scores - expected).abs().max()
+    assert error < 1e-3 * expected.std(0).max()  # far less than pictures differ by
+
+
+QUICK = {
+    "resnet18": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "densenet121": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_features_through_the_last_layers_are_torchvisions_scores(name, tmp_path):
+    assert_same_network(name, QUICK[name], tmp_path / "weights.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    """resnet50 resnet152 resnext50_32x4d inception_v3 googlenet densenet201 regnet_y_400mf mnasnet0_5
+    efficientnet_b0 efficientnet_v2_s convnext_tiny swin_t swin_v2_t""".split(),
+)
+def test_features_of_larger_networks_are_torchvisions_too(name, tmp_path):
+    assert_same_network(name, 96 if name in ("inception_v3", "googlenet") else 64, tmp_path / "weights.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_every_classification_network_of_torchvision_is_a_backbone(name, monkeypatch):
+    sizes = models.regnet.BlockParams.from_init_params  # computes with tensors, and needs their numbers
+
+    def sizes_of_regnets(*args, **kwargs):
+        with torch.device("cpu"):
+            return sizes(*args, **kwargs)
+
+    monkeypatch.setattr(models.regnet.BlockParams, "from_init_params", sizes_of_regnets)
+    with torch.device("meta"):  # shapes without numbers, so that the largest ones cost nothing
+        vector, grid = Backbone(name, weights=None), Backbone(name, grid=True, weights=None)
+        images = torch.zeros(2, 3, 224, 224)
+        cells = grid(images)
+        assert cells.dim() == 3
+        assert cells.shape[0] == 2
+        assert cells.shape[1] >= 25
+        assert vector(images).shape == (2, vector.feature_size) == (2, cells.shape[2])
+        whole = torchvisions(name)
+    own, all_of_them = grid.net.state_dict(), whole.state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in all_of_them.items() if k in own}
+    left = {key.split(".")[0] for key in all_of_them.keys() - own.keys()}
+    assert left <= {"fc", "classifier", "head", "AuxLogits", "aux1", "aux2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "grid", "feature_size"),
+    [("resnet18", 224, 49, 512), ("resnet50", 96, 9, 2048), ("tiny", 64, 64, 128)],
+)
+def test_shapes(name, size, grid, feature_size):
+    backbone = Backbone(name, grid=True, weights=None)
+    assert backbone.feature_size == feature_size
+    assert backbone(pictures(2, size)).shape == (2, grid, feature_size)
+    backbone.grid = False
+    assert backbone(pictures(2, size)).shape == (2, feature_size)
+
+
+def test_the_grid_goes_row_by_row():
+    backbone = Backbone("tiny", grid=True, weights=None)
+    maps = backbone.net(pictures())
+    cells = backbone(pictures())
+    assert torch.equal(cells[:, 10], maps[:, :, 1, 2])  # eight cells a row
+
+
+def test_tiny_is_the_same_function_in_training_and_evaluation_and_knows_places():
+    net = TinyNet()
+    assert torch.equal(net.train()(pictures()), net.eval()(pictures()))
+    flat = torch.zeros(1, 3, 64, 64)
+    assert net(flat)[0].flatten(1).std(1).max() > 1e-3  # one colour everywhere, and yet the cells differ
+
+
+# ---- Frozen means frozen -----------------------------------------------------------------------------------------
+
+
+def state_of(module: nn.Module) -> dict:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def assert_same_state(module: nn.Module, state: dict) -> None:
+    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
+def test_a_frozen_backbone_neither_learns_nor_drifts(frozen):
+    model = nn.Sequential(frozen, nn.Linear(512, 3)).train()
+    before = state_of(frozen)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(pictures(4) * 3 + 1).square().sum().backward()
+        optimizer.step()
+    assert_same_state(frozen, before)
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    assert not frozen(pictures()).requires_grad
+    assert not any(module.training for module in frozen.net.modules())
+
+
+def test_fine_tuning_trains_what_is_named_and_batch_norm_stays_put(frozen):
+    frozen.fine_tune("layer4")
+    frozen.train()
+    assert not any(module.training for module in frozen.modules())
+    before = state_of(frozen)
+    chosen = [p for p in frozen.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(chosen, lr=0.1)
+    frozen(pictures(4)).square().sum().backward()
+    optimizer.step()
+    after = state_of(frozen)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed
+    assert all(key.startswith("net.layer4.") for key in changed)
+    assert not any(part in key for key in changed for part in ("running_", "num_batches"))
+    names = {name for name, p in frozen.net.named_parameters() if p.requires_grad}
+    assert names == {name for name, _ in frozen.net.named_parameters() if name.startswith("layer4")}
+    with torch.no_grad():
+        assert not frozen(pictures()).requires_grad
+
+
+def test_fine_tune_chooses_several_all_and_none(frozen):
+    def trained():
+        return {name.split(".")[0] for name, p in frozen.net.named_parameters() if p.requires_grad}
+
+    assert trained() == set()
+    frozen.fine_tune(["layer3", "layer4"])
+    assert trained() == {"layer3", "layer4"}
+    frozen.fine_tune("")
+    assert trained() == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    frozen.fine_tune(None)
+    assert trained() == set()
+    assert not frozen(pictures()).requires_grad
+    with pytest.raises(UserError, match=r"resnet18 has no layer 'layer5' to train; its layers are conv1, bn1,"):
+        frozen.fine_tune("layer5")
+
+
+def test_tiny_starts_trainable():
+    backbone = Backbone("tiny", weights=None)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())
+    assert backbone(pictures()).requires_grad
+
+
+# ---- Names, layouts, weights -------------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_told_what_exists():
+    with pytest.raises(
+        UserError, match=r"no backbone 'resnet51'; choose tiny, timm/NAME or one of alexnet, .*resnet50"
+    ):
+        Backbone("resnet51", weights=None)
+    with pytest.raises(UserError, match="no backbone 'vit_b_16'"):
+        Backbone("vit_b_16", weights=None)
+
+
+def test_strides_in_the_1x1_are_the_published_layout(tmp_path):
+    torch.save(torchvisions("resnet50").state_dict(), tmp_path / "r.pth")
+    ours = Backbone("resnet50", weights=tmp_path / "r.pth")
+    published = Backbone("resnet50", weights=tmp_path / "r.pth", stride_in_1x1=True)
+    assert ours(pictures()).shape == published(pictures()).shape
+    assert not torch.allclose(ours(pictures()), published(pictures()), atol=1e-3)
+    for i in (2, 3, 4):
+        block = getattr(published.net, f"layer{i}")[0]
+        assert (block.conv1.stride, block.conv2.stride, block.downsample[0].stride) == ((2, 2), (1, 1), (2, 2))
+    first = published.net.layer1[0]
+    assert (first.conv1.stride, first.conv2.stride) == ((1, 1), (1, 1))
+    for name in ("resnet18", "tiny", "mobilenet_v2"):
+        with pytest.raises(UserError, match=f"needs a bottleneck ResNet such as resnet50, not {name}"):
+            Backbone(name, weights=None, stride_in_1x1=True)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_from_a_file(tmp_path, suffix, half):
+    from safetensors.torch import save_file
+
+    state = torchvisions("resnet18").state_dict()
+    state = {key: value.half() if half and value.is_floating_point() else value for key, value in state.items()}
+    path = tmp_path / f"w{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
+    for given in (path, str(path)):
+        net = Backbone("resnet18", weights=given).net
+        assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in net.state_dict().items())
+        assert net.conv1.weight.dtype == torch.float32
+
+
+def test_weights_without_the_last_layer_or_the_batch_counters_fit(tmp_path):
+    state = torchvisions("resnet18").state_dict()
+    short = {k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")}
+    torch.save(short, tmp_path / "w.pth")
+    assert torch.equal(Backbone("resnet18", weights=tmp_path / "w.pth").net.conv1.weight, state["conv1.weight"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("trace",)
+
+
+def test_wrong_weights_get_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = torchvisions("resnet18").state_dict()
+    torch.save(good, "good.pth")
+    data = (tmp_path / "good.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
+    (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "text.safetensors").write_text("no weights at all")
+    torch.save({"conv1.weight": good["conv1.weight"]}, "part.pth")
+    torch.save(good | {"conv1.weight": torch.zeros(64, 3, 3, 3)}, "shape.pth")
+    torch.save({"x": Hostile()}, "hostile.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(), 2))
+    for name, sentence in {
+        "gone.pth": "there are no backbone weights at gone.pth",
+        "cut.pth": "cut.pth cannot be read as weights",
+        "text.pth": "text.pth cannot be read as weights",
+        "text.safetensors": "text.safetensors cannot be read as weights",
+        "hostile.pth": "hostile.pth cannot be read as weights",
+        "plain.pth": "plain.pth cannot be read as weights",
+        "part.pth": "are another network's: 99 tensors are missing and 0 have another shape",
+        "shape.pth": "0 tensors are missing and 1 have another shape, conv1.weight first",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            Backbone("resnet18", weights=name)
+        assert sentence in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "trace").exists()
+    with pytest.raises(MissingFileError):
+        load_backbone_weights(nn.Linear(1, 1), "gone.pth")
+    with pytest.raises(UserError, match="choose the backbone they were made for"):
+        Backbone("resnet34", weights="good.pth")
+
+
+@pytest.mark.parametrize("value", [[1, 2], {"state_dict": {}}, {"conv1.weight": 3}, torch.zeros(3), None])
+def test_a_file_of_something_else_is_no_weights(tmp_path, value):
+    torch.save(value, tmp_path / "w.pth")
+    with pytest.raises(UserError, match=r"holds a \w+, not a state dict|are another network's"):
+        Backbone("resnet18", weights=tmp_path / "w.pth")
+
+
+def test_without_a_network_it_starts_random_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "*")
+    with pytest.warns(UserWarning, match="ImageNet weights of resnet18 could not be had .* or give a file as weights"):
+        backbone = Backbone("resnet18")
+    assert backbone(pictures()).std() > 0
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Backbone("resnet18", weights=None)
+        Backbone("tiny")
+
+
+def test_imagenet_weights_are_torchvisions(monkeypatch):
+    """What the library would download is loaded as it is (here its download is replaced by a network of ours)."""
+    state = torchvisions("resnet18").state_dict()
+    monkeypatch.setattr(type(models.ResNet18_Weights.DEFAULT), "get_state_dict", lambda *_, **__: state)
+    net = Backbone("resnet18").net
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+def test_timm_names_need_timm():
+    if importlib.util.find_spec("timm") is None:
+        with pytest.raises(UserError, match=r'needs timm; type pip install "showtell\[timm\]"'):
+            Backbone("timm/resnet10t", weights=None)
+        return
+    with pytest.raises(UserError, match="timm has no network 'resnet51'"):
+        Backbone("timm/resnet51", weights=None)
+    for name in ("resnet10t", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
+        backbone = Backbone(f"timm/{name}", grid=True, weights=None)
+        cells = backbone(pictures(2, 224))
+        assert cells.dim() == 3
+        assert cells.shape[2] == backbone.feature_size
+
+
+# ---- Real weights ------------------------------------------------------------------------------------------------
+
+
+def test_an_imagenet_resnet_knows_a_cat_in_the_published_layout(weights):
+    data = pytest.importorskip("skimage.data")
+    from safetensors.torch import load_file
+
+    path = weights / "resnet50_imagenet_pruned.safetensors"
+    labels = json.loads((weights / "imagenet_labels.json").read_text())
+    last = load_file(path)
+    images = torch.stack([IMAGENET(data.chelsea()), IMAGENET(data.rocket()), IMAGENET(data.coffee())])
+    confidence = {}
+    for layout in (True, False):
+        features = Backbone("resnet50", weights=path, stride_in_1x1=layout)(images)
+        scores = (features @ last["fc.weight"].float().T + last["fc.bias"].float()).softmax(1)
+        found = [[labels[i].lower() for i in row] for row in scores.topk(5).indices.tolist()]
+        wanted = ("cat", "missile", "espresso")
+        if layout:
+            for names, word in zip(found, wanted, strict=True):
+                assert any(word in name for name in names), names
+        confidence[layout] = sum(
+            float(scores[i, [n for n, label in enumerate(labels) if word in label.lower().split()]].sum())
+            for i, word in enumerate(wanted)
+        )
+    assert confidence[True] > confidence[False]

@@ -1,0 +1,387 @@
+"""The captioner: shapes, what may depend on what, the loss over real words, and the encoder's two halves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from showtell.errors import UserError
+from showtell.model import DECODERS, IGNORE, CaptionModel, DecoderRNN, EncoderCNN, caption_loss
+
+V, E, H, L = 30, 8, 16, 4
+
+every_decoder = pytest.mark.parametrize("name", DECODERS)
+
+
+def build(name: str, vocab_size: int = V, **options) -> nn.Module:
+    """A decoder whose outputs are not flat, so that what depends on what can be seen."""
+    decoder = DECODERS[name](E, H, vocab_size, **options).eval()
+    for parameter in decoder.parameters():
+        parameter.data.mul_(2)
+    return decoder
+
+
+def features_for(decoder: nn.Module, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, L, E, generator=generator) if decoder.grid else torch.randn(n, E, generator=generator)
+
+
+def words(*shape: int) -> torch.Tensor:
+    """Captions of ordinary words between `<start>` and `<end>`."""
+    captions = torch.randint(3, V, shape, generator=torch.Generator().manual_seed(1))
+    captions[..., 0], captions[..., -1] = 0, 1
+    return captions
+
+
+# ---- Shapes ------------------------------------------------------------------------------------------------------
+
+
+@every_decoder
+def test_shapes_of_teacher_forcing_and_of_steps(name):
+    decoder = build(name)
+    captions = words(6, 7)
+    logits, alphas = decoder.teacher_force(features_for(decoder, 2), captions)
+    assert logits.shape == (6, 7 if name == "show-tell" else 6, V)
+    assert torch.equal(decoder(features_for(decoder, 2), captions), logits)
+    memory, state = decoder.start(features_for(decoder, 2))
+    assert all(tensor.shape[0] == 2 for tensor in state)
+    logits, state, step_alphas = decoder.step(torch.tensor([0, 0]), memory, state)
+    assert logits.shape == (2, V)
+    assert all(tensor.shape[0] == 2 for tensor in state)
+    if decoder.grid:
+        assert alphas.shape == (6, 6, L)
+        assert step_alphas.shape == (2, L)
+        assert (alphas >= 0).all()
+        torch.testing.assert_close(alphas.sum(-1), torch.ones(6, 6))
+    else:
+        assert alphas is None
+        assert step_alphas is None
+
+
+@every_decoder
+def test_the_shortest_caption(name):
+    decoder = build(name)
+    logits = decoder(features_for(decoder, 1), torch.tensor([[0, 1]]))
+    assert logits[:, -1:].shape == (1, 1, V)
+    assert caption_loss(logits, torch.tensor([[0, 1]])).words == 1
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("name", ["show-tell", "every-step", "transformer"])
+def test_several_layers(name, layers):
+    decoder = DECODERS[name](E, H, V, num_layers=layers)
+    assert decoder(features_for(decoder, 2), words(2, 5)).shape[-1] == V
+    assert len(decoder.start(features_for(decoder, 2))[1]) == (2 * layers if name == "transformer" else 2)
+
+
+def test_the_course_signature():
+    decoder = DecoderRNN(8, 16, 30, 2)
+    assert decoder.lstm.num_layers == 2
+    assert decoder(torch.randn(64, 8), words(64, 12)).shape == (64, 12, 30)
+    assert {name.split(".")[0] for name in decoder.state_dict()} == {"embed", "lstm", "linear"}
+
+
+@every_decoder
+def test_a_vector_where_a_grid_is_needed_and_the_other_way_round(name):
+    decoder = build(name)
+    if decoder.grid:
+        one_cell = decoder(torch.randn(2, E), words(2, 5))
+        assert one_cell.shape == (2, 4, V)
+        return
+    vector = features_for(decoder, 2)
+    assert torch.equal(decoder(vector.unsqueeze(1), words(2, 5)), decoder(vector, words(2, 5)))
+    with pytest.raises(UserError, match=r"reads one vector an image and was given \(2, 4, 8\); build the encoder with"):
+        decoder(torch.randn(2, L, E), words(2, 5))
+
+
+@every_decoder
+def test_tied_embeddings_are_one_matrix(name):
+    size = {"embed_size": 16, "hidden_size": 16}
+    decoder = DECODERS[name](**size, vocab_size=V, tie_embeddings=True)
+    assert decoder.linear.weight is decoder.embed.weight
+    if name in ("show-tell", "every-step"):
+        with pytest.raises(UserError, match="tie_embeddings needs embed_size == hidden_size, not 8 and 16"):
+            DECODERS[name](8, 16, V, tie_embeddings=True)
+
+
+def test_heads_must_share_the_hidden_size():
+    with pytest.raises(UserError, match="hidden_size 20 cannot be shared by 8 heads; make it a multiple"):
+        DECODERS["transformer"](8, 20, V)
+
+
+# ---- What may depend on what -------------------------------------------------------------------------------------
+
+
+@every_decoder
+def test_a_word_changes_what_comes_after_it_and_nothing_before(name):
+    """The alignment that the loss relies on: the last T-1 steps predict words 1 to T-1 from those before each."""
+    decoder = build(name)
+    features, captions = features_for(decoder, 3), words(3, 8)
+    logits = decoder(features, captions)[:, -7:]
+    for t in range(8):
+        changed = captions.clone()
+        changed[:, t] = (captions[:, t] + 5) % V
+        other = decoder(features, changed)[:, -7:]
+        torch.testing.assert_close(other[:, :t], logits[:, :t], atol=1e-6, rtol=1e-5)
+        if t < 7:
+            assert (other[:, t] - logits[:, t]).abs().amax(-1).min() > 1e-3  # the word after it, in every caption
+
+
+@every_decoder
+def test_the_picture_changes_every_word(name):
+    decoder = build(name)
+    captions = words(2, 6)
+    logits = decoder(features_for(decoder, 2), captions)[:, -5:]
+    other = decoder(features_for(decoder, 2) + 1, captions)[:, -5:]
+    assert (other - logits).abs().amax(-1).min() > 1e-4
+
+
+def test_the_image_step_of_decoder_one_knows_no_word():
+    decoder = build("show-tell")
+    first = decoder(features_for(decoder, 2), words(2, 6))[:, 0]
+    assert torch.equal(first, decoder(features_for(decoder, 2), (words(2, 6) + 7) % V)[:, 0])
+
+
+@every_decoder
+def test_no_caption_touches_another(name):
+    decoder = build(name)
+    features, captions = features_for(decoder, 3), words(3, 6)
+    together = decoder(features, captions)
+    for i in range(3):
+        torch.testing.assert_close(
+            decoder(features[i : i + 1], captions[i : i + 1])[0], together[i], atol=1e-5, rtol=1e-4
+        )
+
+
+# ---- The loss ----------------------------------------------------------------------------------------------------
+
+
+@every_decoder
+def test_an_untrained_model_guesses_among_all_words(name):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](64, 64, 1000).eval()
+    captions = torch.randint(3, 1000, (32, 12))
+    features = torch.randn(32, 9, 64) if decoder.grid else torch.randn(32, 64)
+    loss = caption_loss(decoder(features, captions), captions)
+    assert loss.nll / loss.words == pytest.approx(math.log(1000), abs=0.4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("extra", [0, 1])
+def test_the_loss_is_cross_entropy_over_real_words(smoothing, extra):
+    captions = words(4, 7)
+    captions[1, 4:], captions[2, 2:] = IGNORE, IGNORE
+    logits = torch.randn(4, 6 + extra, V, requires_grad=True)
+    loss = caption_loss(logits, captions, smoothing)
+    used, targets = logits[:, extra:].flatten(0, 1), captions[:, 1:].flatten()
+    assert int(loss.words) == 6 + 3 + 1 + 6
+    expected = F.cross_entropy(used, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(loss.objective, expected)
+    torch.testing.assert_close(loss.nll, F.cross_entropy(used, targets, ignore_index=IGNORE, reduction="sum"))
+    assert not loss.nll.requires_grad
+    loss.objective.backward()
+    grad = logits.grad[:, extra:]
+    assert (grad[captions[:, 1:] == IGNORE] == 0).all()
+    assert (grad[captions[:, 1:] != IGNORE].abs().amax(-1) > 0).all()
+    assert (logits.grad[:, :extra] == 0).all()  # nothing is learnt from the image step
+
+
+def test_the_loss_is_computed_in_single_precision():
+    logits = torch.randn(2, 5, V).bfloat16()
+    assert caption_loss(logits, words(2, 6)).nll.dtype == torch.float32
+
+
+@every_decoder
+def test_padding_changes_neither_loss_nor_gradients(name):
+    decoder = build(name)
+    features = features_for(decoder, 2)
+    long, short = words(1, 9), words(1, 5)
+    padded = torch.full((2, 9), IGNORE)
+    padded[0], padded[1, :5] = long[0], short[0]
+
+    def gradients(losses):
+        decoder.zero_grad()
+        sum(losses).backward()
+        return {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+
+    together = caption_loss(decoder(features, padded), padded)
+    one, two = (caption_loss(decoder(features[i : i + 1], c), c) for i, c in enumerate((long, short)))
+    torch.testing.assert_close(together.nll, one.nll + two.nll)
+    assert together.words == one.words + two.words == 8 + 4
+    expected, got = gradients([one.objective, two.objective]), gradients([together.objective])
+    assert expected.keys() == got.keys() == dict(decoder.named_parameters()).keys()
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], atol=1e-5, rtol=1e-4)
+
+
+@every_decoder
+def test_captions_grouped_by_image_are_the_same_loss(name):
+    """(B, K, T) with padding, one picture with fewer captions than another, against one caption at a time."""
+    model = CaptionModel({"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}).eval()
+    images = torch.randn(2, 3, 16, 16)
+    captions = torch.full((2, 3, 8), IGNORE)
+    lengths = {(0, 0): 8, (0, 1): 5, (0, 2): 6, (1, 0): 4}
+    for (i, k), length in lengths.items():
+        captions[i, k, :length] = words(10, length)[i + 2 * k]
+    loss = caption_loss(model(images, captions)[0], captions)
+    alone = [
+        caption_loss(model(images[i : i + 1], captions[i, k : k + 1, :length])[0], captions[i, k : k + 1, :length])
+        for (i, k), length in lengths.items()
+    ]
+    assert loss.words == sum(part.words for part in alone) == 7 + 4 + 5 + 3
+    torch.testing.assert_close(loss.nll, sum(part.nll for part in alone), atol=1e-4, rtol=1e-4)
+
+
+@every_decoder
+def test_it_overfits_a_few_pairs(name):
+    torch.manual_seed(0)
+    decoder = DECODERS[name](E, 32, V)
+    features, captions = features_for(decoder, 4), words(4, 6)
+    optimizer = torch.optim.Adam(decoder.parameters(), 0.02)
+    for _ in range(80):
+        loss = caption_loss(decoder(features, captions), captions)
+        optimizer.zero_grad()
+        (loss.objective / loss.words).backward()
+        optimizer.step()
+    assert loss.nll / loss.words < 0.2
+    for i in range(4):
+        assert decoder.eval().sample(features[i : i + 1]) == captions[i].tolist()
+
+
+# ---- The course's sample -----------------------------------------------------------------------------------------
+
+
+@every_decoder
+def test_sample_begins_with_start_and_ends_where_end_was_reached(name):
+    decoder = build(name)
+    features = features_for(decoder, 1)
+    ids = decoder.sample(features)
+    assert ids[0] == 0
+    assert all(type(i) is int and 0 <= i < V for i in ids)
+    assert 1 not in ids[:-1]
+    assert len(ids) <= 22
+    decoder.linear.bias.data[1] = -1e4
+    endless = decoder.sample(features, max_len=5)
+    assert len(endless) == 1 + 5
+    assert 1 not in endless
+    decoder.linear.bias.data[1] = 1e4
+    assert decoder.sample(features) == [0, 1]
+    assert decoder.sample(features, max_len=0) == [0, 1]
+    assert decoder.sample(features, start_id=2, end_id=1) == [2, 1]
+
+
+def test_end_after_exactly_as_many_words_as_allowed_is_kept():
+    class Counting(DecoderRNN):
+        """Says three words and ends."""
+
+        def step(self, words, memory, state):
+            following = {0: 3, 3: 4, 4: 5, 5: 1}[int(words)]
+            return F.one_hot(torch.tensor([following]), V).float(), state, None
+
+    decoder, features = Counting(E, H, V), torch.randn(1, E)
+    assert decoder.sample(features) == [0, 3, 4, 5, 1]
+    assert decoder.sample(features, max_len=3) == [0, 3, 4, 5, 1]
+    assert decoder.sample(features, max_len=2) == [0, 3, 4]
+
+
+@every_decoder
+def test_sample_is_the_same_every_time_and_for_either_form_of_its_input(name):
+    decoder = build(name)
+    features = features_for(decoder, 1)
+    assert decoder.sample(features) == decoder.sample(features)
+    if not decoder.grid:
+        assert decoder.sample(features.unsqueeze(1)) == decoder.sample(features)
+    _, state = decoder.start(features)
+    assert decoder.sample(features, states=state) == decoder.sample(features)
+
+
+# ---- The encoder -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("backbone", ["tiny", "resnet18"])
+def test_the_encoder_is_its_head_after_its_backbone(backbone, grid):
+    encoder = EncoderCNN(5, backbone, grid=grid, weights=None)
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(encoder(images), encoder.embed(encoder.backbone(images)))
+    cells = 64 if backbone == "tiny" else 4
+    assert encoder(images).shape == ((2, cells, 5) if grid else (2, 5))
+    if grid:  # the head is linear: the mean over the grid and the head change places
+        vector = EncoderCNN(5, backbone, weights=None)
+        vector.load_state_dict(encoder.state_dict())
+        torch.testing.assert_close(encoder(images).mean(1), vector(images), atol=1e-5, rtol=1e-4)
+
+
+def test_training_moves_the_head_and_leaves_a_frozen_backbone():
+    encoder = EncoderCNN(5, "resnet18", weights=None).train()
+    assert encoder.training
+    assert not any(module.training for module in encoder.backbone.modules())
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert trained == ["embed.weight", "embed.bias"]
+    optimizer = torch.optim.SGD(encoder.embed.parameters(), 0.1)
+    encoder(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    assert {k for k, v in encoder.state_dict().items() if not torch.equal(v, before[k])} == set(trained)
+    assert all(p.grad is None for p in encoder.backbone.parameters())
+
+
+def test_batch_norm_behind_the_head():
+    encoder = EncoderCNN(5, "tiny", batch_norm=True).train()
+    images = torch.randn(16, 3, 16, 16)
+    features = encoder(images)
+    torch.testing.assert_close(features.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
+    moved = encoder.embed[1].running_mean.clone()
+    assert moved.abs().max() > 0
+    one = encoder(images[:1])  # the last batch of an epoch may be a single picture
+    assert torch.isfinite(one).all()
+    assert torch.equal(encoder.embed[1].running_mean, moved)
+    assert torch.equal(one, encoder.eval()(images[:1]))
+    one.sum().backward()
+    assert encoder.embed[0].weight.grad is not None
+    with pytest.raises(UserError, match="leave it out when grid=True"):
+        EncoderCNN(5, "tiny", grid=True, batch_norm=True)
+
+
+# ---- The model ---------------------------------------------------------------------------------------------------
+
+
+def decoder_config(name: str) -> dict:
+    return {"name": name, "embed_size": E, "hidden_size": H, "vocab_size": V}
+
+
+@every_decoder
+def test_the_model_is_built_from_plain_values_and_reads_pictures_or_features(name):
+    config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}
+    model = CaptionModel(config).eval()
+    assert model.config == {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}
+    assert model.encoder.backbone.grid == model.decoder.grid
+    images, captions = torch.randn(2, 3, 16, 16), words(2, 5)
+    logits, alphas = model(images, captions)
+    cached, _ = model(model.encoder.backbone(images), captions)
+    assert torch.equal(logits, cached)
+    assert (alphas is not None) == model.decoder.grid
+    again = CaptionModel(config).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images, captions)[0], logits)
+
+
+def test_an_unknown_decoder_is_told_which_there_are():
+    config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config("gru")}
+    with pytest.raises(UserError, match="no decoder 'gru'; choose one of show-tell, every-step, attend, transformer"):
+        CaptionModel(config)
+
+
+@every_decoder
+def test_every_parameter_of_a_trainable_model_learns(name):
+    """But for the attention's query bias under a softmax, nothing is there that no gradient reaches."""
+    config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}
+    model = CaptionModel(config)
+    captions = words(4, 6)
+    caption_loss(model(torch.randn(4, 3, 16, 16), captions)[0], captions).objective.backward()
+    still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
+    assert still == []
