@@ -1,0 +1,18 @@
+"""Loaders, in one place to read from. The code is in showtell/data_loader.py.
+
+get_loader           a DataLoader over any data set: get_loader(transform, mode="train", batch_size=…, vocab_file=…, …)
+CaptionDataset       (image, caption) pairs in training, (original image, image) in testing
+LengthBatchSampler   batches of captions of one length: no padding, every caption once an epoch
+ImageBatchSampler    every image once with all its captions: fine-tuning and self-critical training
+
+The data set of the course is COCO: Chen et al. 2015, "Microsoft COCO Captions", https://arxiv.org/abs/1504.00325
+"""
+
+from showtell.data_loader import (
+    CaptionDataset,
+    ImageBatchSampler,
+    LengthBatchSampler,
+    get_loader,
+)
+
+__all__ = ["CaptionDataset", "ImageBatchSampler", "LengthBatchSampler", "get_loader"]

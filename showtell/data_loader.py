@@ -1,0 +1,456 @@
+"""Batches of (images, captions): `get_loader`, its data set, and two ways of grouping captions into batches.
+
+`length`: captions of one length together, so that nothing is padded; every caption exactly once an epoch.
+`image`: every image once with all its captions, encoded once; captions padded with `showtell.model.IGNORE`.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+from showtell import datasets
+from showtell.datasets import CaptionSet
+from showtell.errors import UserError
+from showtell.features import FeatureCache
+from showtell.model import IGNORE
+from showtell.transforms import BrokenImageError, MissingFileError, Transform
+from showtell.vocabulary import END, START, UNK, Vocabulary
+
+GROUPS = ("length", "image")
+MODES = ("train", "val", "test")
+
+
+class Broken:
+    """Stands in for a sample whose picture cannot be read, until the loader has counted it."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+
+
+class CaptionDataset(Dataset):
+    """A `CaptionSet` as tensors: pictures transformed (or their cached features), captions as ids.
+
+    Attributes:
+        captions: the `CaptionSet` behind it.
+        vocab: the vocabulary.
+        caption_lengths: the number of words of every caption, without `<start>` and `<end>`.
+        image_of: the image of every caption.
+        batch_size: how many indices `get_train_indices` returns.
+    """
+
+    def __init__(
+        self,
+        captions: CaptionSet,
+        vocab: Vocabulary,
+        transform: Transform | Callable | None = None,
+        mode: str = "train",
+        group: str = "length",
+        batch_size: int = 1,
+        seed: int = 0,
+        cache: FeatureCache | None = None,
+        captions_per_image: int = 0,
+    ) -> None:
+        """Encodes every caption once.
+
+        Args:
+            captions: pictures and captions.
+            vocab: turns words into ids.
+            transform: a `Transform`, or any callable from a PIL image to a tensor.
+            mode: `"train"`, `"val"` (nothing random) or `"test"` (original and transformed picture, no captions).
+            group: what one index means: a caption (`"length"`) or an image with all its captions (`"image"`).
+            batch_size: for `get_train_indices`.
+            seed: of the augmentation and of `get_train_indices`.
+            cache: features of these images to hand out in place of pictures.
+            captions_per_image: in training by image, draw so many of an image's captions anew each epoch; 0 is all.
+        """
+        if mode not in MODES or group not in GROUPS:
+            raise UserError(f"mode={mode!r}, group={group!r} cannot be; modes are {MODES} and groups are {GROUPS}")
+        self.captions, self.vocab, self.mode, self.group = captions, vocab, mode, group
+        self.transform = transform.evaluation() if isinstance(transform, Transform) and mode != "train" else transform
+        self.batch_size, self.seed = batch_size, seed
+        self.cache = cache
+        self.captions_per_image = captions_per_image if mode == "train" else 0
+        self.rows = None if cache is None else cache.rows(captions)
+        encoded = [vocab.encode(text) for texts in captions.captions for text in texts]
+        self._ids = np.fromiter((i for ids in encoded for i in ids), np.int32)
+        self._ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+        self.image_of = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions.captions])
+        self._first_caption = np.searchsorted(self.image_of, np.arange(len(captions) + 1))
+        self.caption_lengths: list[int] = [len(ids) - 2 for ids in encoded]
+        # Shared memory: persistent loader workers see the epoch change.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self._lengths_left: Iterator[list[int]] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_lengths_left": None}  # a generator, which no spawned worker needs or could be sent
+
+    def __len__(self) -> int:
+        """The number of samples: captions, or images when grouped by image or in test mode."""
+        return len(self.caption_lengths) if self.group == "length" and self.mode != "test" else len(self.captions)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch whose augmentation is drawn; it reaches running workers."""
+        self._epoch.fill_(epoch)
+
+    def caption_ids(self, n: int) -> Tensor:
+        """Caption number `n` as `[<start>, …, <end>]`."""
+        start = self._ends[n - 1] if n else 0
+        return torch.from_numpy(self._ids[start : self._ends[n]].astype(np.int64))
+
+    def __getitem__(self, index: int) -> tuple | Broken:
+        """Returns (image, caption), (image, captions) when grouped by image, or (original, image) in test mode."""
+        image_index = int(self.image_of[index]) if self.group == "length" and self.mode != "test" else int(index)
+        try:
+            if self.mode == "test":
+                original = self.captions.image(image_index)
+                return original.permute(1, 2, 0).numpy(), self._transformed(original, image_index)
+            image = self._image(image_index, int(index))
+        except (BrokenImageError, MissingFileError) as error:
+            path, reason = str(self.captions.path(image_index)), str(error)
+            return Broken(path, reason if path in reason else f"{path}: {reason}")
+        if self.group == "length":
+            return image, self.caption_ids(int(index))
+        numbers = range(*self._first_caption[image_index : image_index + 2])
+        if 0 < self.captions_per_image < len(numbers):
+            draw = random.Random(f"{self.seed}/{int(self._epoch)}/{image_index}")
+            numbers = draw.sample(numbers, self.captions_per_image)
+        return image, [self.caption_ids(n) for n in numbers]
+
+    def _image(self, image_index: int, sample: int) -> Tensor:
+        if self.cache is not None:
+            row = self.rows[image_index]
+            if row < 0:
+                raise BrokenImageError(f"{self.captions.path(image_index)} has no cached features")
+            return self.cache[row]
+        return self._transformed(self.captions.image(image_index), sample)
+
+    def _transformed(self, image: Tensor, sample: int) -> Tensor:
+        if isinstance(self.transform, Transform):
+            return self.transform(image, (self.seed, int(self._epoch), sample) if self.mode == "train" else None)
+        if self.transform is None:
+            return image
+        from torchvision.transforms.v2.functional import to_pil_image
+
+        return self.transform(to_pil_image(image))
+
+    def get_train_indices(self) -> list[int]:
+        """Returns `batch_size` captions of one length, each caption once before any comes again.
+
+        A length's last few are topped up to `batch_size` with others of that length.
+        """
+        if self._lengths_left is None:
+            self._lengths_left = self._endless_batches()
+        return next(self._lengths_left)
+
+    def _endless_batches(self) -> Iterator[list[int]]:
+        lengths = np.asarray(self.caption_lengths)
+        sampler = LengthBatchSampler(self.caption_lengths, self.batch_size, self.seed)
+        generator = np.random.default_rng(self.seed)
+        while True:
+            for batch in sampler:
+                if missing := self.batch_size - len(batch):
+                    same = np.flatnonzero(lengths == lengths[batch[0]])
+                    others = np.setdiff1d(same, batch)
+                    pool = others if len(others) >= missing else same
+                    batch = batch + generator.choice(pool, missing, replace=len(pool) < missing).tolist()
+                yield batch
+            sampler.epoch += 1
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Batches of an epoch as a function of (seed, epoch); resumable in the middle, shared among processes.
+
+    Attributes:
+        epoch: which epoch iteration gives. skip: how many of its batches are left out at the start, when resuming.
+        sampler: replaceable by any sampler of indices, whose indices then make the batches (as the ancestors'
+            notebooks do); `None` for this class's own batches.
+    """
+
+    def __init__(
+        self, batch_size: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise UserError(
+                f"batch_size={batch_size}, rank={rank}, world_size={world_size} cannot be; "
+                "give batch_size >= 1 and 0 <= rank < world_size"
+            )
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.skip = 0
+        self.sampler: Sampler[int] | None = None
+
+    def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
+        """The batches of all processes for one epoch, drawn with `generator`."""
+        raise NotImplementedError
+
+    def n_batches(self) -> int:
+        """How many batches all processes have together in an epoch."""
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[list[int]]:
+        if self.sampler is not None:
+            return iter(BatchSampler(self.sampler, self.batch_size, drop_last=False))
+        batches = self.all_batches(np.random.default_rng([self.seed, self.epoch]))
+        return iter(batches[self.rank :: self.world_size][self.skip :])
+
+    def __len__(self) -> int:
+        """The number of batches of this process in a whole epoch."""
+        return len(range(self.rank, self.n_batches(), self.world_size))
+
+    def _order(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        return generator.permutation(values) if self.shuffle else values
+
+
+class LengthBatchSampler(EpochSampler):
+    """Batches of captions of equal length, every caption once an epoch: full batches first, remainders last."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, **options: int) -> None:
+        """Takes the length of every caption; `options` are those of `EpochSampler`."""
+        super().__init__(batch_size, seed, **options)
+        lengths = np.asarray(lengths)
+        order = np.argsort(lengths, kind="stable")
+        self.buckets = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else []
+
+    def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
+        """See `EpochSampler.all_batches`."""
+        full, rest = [], []
+        for bucket in self.buckets:
+            shuffled = self._order(bucket, generator).tolist()
+            for i in range(0, len(shuffled), self.batch_size):
+                batch = shuffled[i : i + self.batch_size]
+                (full if len(batch) == self.batch_size else rest).append(batch)
+        return [part[i] for part in (full, rest) for i in self._order(np.arange(len(part)), generator)]
+
+    def n_batches(self) -> int:
+        """See `EpochSampler.n_batches`."""
+        return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
+
+
+class ImageBatchSampler(EpochSampler):
+    """Batches of images, each once an epoch."""
+
+    def __init__(self, n_images: int, batch_size: int, seed: int = 0, **options: int) -> None:
+        """Takes the number of images; `options` are those of `EpochSampler`."""
+        super().__init__(batch_size, seed, **options)
+        self.n_images = n_images
+
+    def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
+        """See `EpochSampler.all_batches`."""
+        order = self._order(np.arange(self.n_images), generator).tolist()
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def n_batches(self) -> int:
+        """See `EpochSampler.n_batches`."""
+        return -(-self.n_images // self.batch_size)
+
+
+def collate(samples: list[tuple | Broken]) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
+    """Stacks samples into images `(B, …)` and captions, padded with `IGNORE` where lengths differ.
+
+    Captions are `(B, T)`, or `(B, K, T)` when grouped by image, K the most captions an image has. Broken samples are
+    left out and returned beside; with nothing else there are no images.
+    """
+    broken = [sample for sample in samples if isinstance(sample, Broken)]
+    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    if not good:
+        return None, None, broken
+    first, second = zip(*good, strict=True)
+    if isinstance(second[0], list):
+        k, t = max(map(len, second)), max(len(ids) for captions in second for ids in captions)
+        captions = torch.full((len(good), k, t), IGNORE)
+        for i, own in enumerate(second):
+            for j, ids in enumerate(own):
+                captions[i, j, : len(ids)] = ids
+    else:
+        captions = torch.nn.utils.rnn.pad_sequence(list(second), batch_first=True, padding_value=IGNORE)
+    return _stack(first), captions, broken
+
+
+def collate_test(samples: list[tuple | Broken]) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
+    """Stacks (original, image) pairs: `(B, H, W, 3)` uint8 and `(B, 3, S, S)`."""
+    broken = [sample for sample in samples if isinstance(sample, Broken)]
+    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    if not good:
+        return None, None, broken
+    originals, images = zip(*good, strict=True)
+    return torch.stack([torch.from_numpy(np.ascontiguousarray(o)) for o in originals]), _stack(images), broken
+
+
+def _stack(images: Sequence[Tensor]) -> Tensor:
+    if others := [image for image in images if not isinstance(image, Tensor)]:
+        raise UserError(f"the transform gives a {type(others[0]).__name__}, not a tensor; end it with ToTensor()")
+    sizes = sorted({tuple(image.shape) for image in images})
+    if len(sizes) > 1:
+        raise UserError(
+            f"pictures of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform that brings all to "
+            "one size, such as Transform(resize=256, crop=224)"
+        )
+    return torch.stack(list(images))
+
+
+class CaptionLoader(DataLoader):
+    """A `DataLoader` that leaves broken pictures out, counts them, and stops when there are too many.
+
+    Attributes:
+        broken: path -> what is wrong with it, so far.
+    """
+
+    def __init__(self, dataset: CaptionDataset, max_broken: int = 100, **options: object) -> None:
+        """`options` are `DataLoader`'s; `max_broken` is how many pictures may be broken before training stops."""
+        super().__init__(dataset, **options)
+        self.max_broken = max_broken
+        self.broken: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, captions, broken in self._collated():
+            for sample in broken:
+                if sample.path not in self.broken:
+                    self.broken[sample.path] = sample.reason
+                    warnings.warn(f"left out: {sample.reason}", stacklevel=2)
+            if len(self.broken) > self.max_broken:
+                listed = "\n".join(f"  {reason}" for reason in self.broken.values())
+                raise UserError(
+                    f"{len(self.broken)} pictures cannot be read, more than the {self.max_broken} allowed; "
+                    f"mend or remove them, or raise max_broken:\n{listed}"
+                )
+            if images is not None:
+                yield images, captions
+
+    def _collated(self) -> Iterator[tuple[Tensor | None, Tensor | None, list[Broken]]]:
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # a worker's comes with its traceback, which is not for the user
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def get_loader(
+    transform: Transform | Callable | None = None,
+    mode: str = "train",
+    batch_size: int = 1,
+    vocab_threshold: int | None = None,
+    vocab_file: str | PathLike | None = None,
+    start_word: str = START,
+    end_word: str = END,
+    unk_word: str = UNK,
+    vocab_from_file: bool = True,
+    num_workers: int = 0,
+    cocoapi_loc: str | PathLike | None = None,
+    *,
+    dataset: str | CaptionSet = "synthetic",
+    data_dir: str | PathLike | None = None,
+    split: str | None = None,
+    vocab: Vocabulary | None = None,
+    group: str = "length",
+    captions_per_image: int = 0,
+    cache: FeatureCache | None = None,
+    seed: int = 0,
+    shuffle: bool | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    max_broken: int = 100,
+    start_method: str | None = None,
+) -> CaptionLoader:
+    """Opens a data set and returns its batches. The first eleven arguments are the ancestors', in their order.
+
+    Args:
+        transform: a `Transform`, or any callable from a PIL image to a tensor (a torchvision `Compose`, say).
+        mode: `"train"`: (images, captions), shuffled and augmented; `"val"`: the same of the validation split, in
+            fixed order; `"test"`: (original picture, image), one at a time.
+        batch_size: captions (or images, by `group`) in a batch.
+        vocab_threshold: for a new vocabulary (5 if left out); checked against that of a loaded one.
+        vocab_file: where the vocabulary is read from, or written to when it is new; `vocab.pkl` of this project if
+            left out, which is only ever read.
+        start_word: as in the ancestors; `<start>` is the only one.
+        end_word: likewise `<end>`.
+        unk_word: likewise `<unk>`.
+        vocab_from_file: whether to load the vocabulary rather than build it from the training captions.
+        num_workers: loader processes; 0 loads in this one.
+        cocoapi_loc: the folder that holds the ancestors' `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
+        dataset: a reader of `showtell.datasets`, or an open `CaptionSet`.
+        data_dir: the data set's folder.
+        split: its split; by default the mode's (COCO's test pictures have no captions: its `test` is `val`).
+        vocab: an open vocabulary, instead of `vocab_file`.
+        group: `"length"` or `"image"`, see the module.
+        captions_per_image: with `group="image"` in training, so many captions drawn anew each epoch; 0 is all.
+        cache: features to hand out in place of pictures.
+        seed: of shuffling and augmentation.
+        shuffle: by default all modes but `"val"`.
+        rank: this process among `world_size`.
+        world_size: how many processes share an epoch.
+        max_broken: how many unreadable pictures may be left out before the run stops.
+        start_method: `"fork"` or `"spawn"` for the workers; the platform's if left out.
+
+    Raises:
+        UserError: arguments that contradict each other, or data that is not what it should be.
+        MissingFileError: the data or the vocabulary is not there.
+    """
+    if mode not in MODES:
+        raise UserError(f"mode={mode!r} is not known; choose one of {', '.join(MODES)}")
+    if (start_word, end_word, unk_word) != (START, END, UNK):
+        raise UserError(f"the special words are always {START}, {END} and {UNK}; leave these arguments out")
+    if mode == "test" and batch_size != 1:
+        raise UserError(f"mode='test' gives originals of any size, one at a time, not {batch_size}; use batch_size=1")
+    if not vocab_from_file and mode != "train":
+        raise UserError(f"a vocabulary is built from training captions only; use vocab_from_file=True in mode={mode!r}")
+    if cocoapi_loc is not None:
+        dataset, data_dir = "coco", Path(cocoapi_loc) / "cocoapi"
+    if isinstance(dataset, CaptionSet):
+        captions = dataset
+    else:
+        captions = datasets.load(dataset, data_dir, split or ("val" if (dataset, mode) == ("coco", "test") else mode))
+    if vocab is None:
+        vocab = _vocabulary(captions, vocab_threshold, vocab_file, vocab_from_file)
+    samples = CaptionDataset(captions, vocab, transform, mode, group, batch_size, seed, cache, captions_per_image)
+    options = {"seed": seed, "shuffle": mode != "val" if shuffle is None else shuffle}
+    options |= {"rank": rank, "world_size": world_size}
+    if group == "length" and mode != "test":
+        batches: EpochSampler = LengthBatchSampler(samples.caption_lengths, batch_size, **options)
+    else:
+        batches = ImageBatchSampler(len(captions), batch_size, **options)
+    return CaptionLoader(
+        samples,
+        max_broken,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate_test if mode == "test" else collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        multiprocessing_context=start_method if num_workers else None,
+        generator=torch.Generator().manual_seed(seed),  # the global generator belongs to training
+    )
+
+
+def _vocabulary(
+    captions: CaptionSet, threshold: int | None, path: str | PathLike | None, from_file: bool
+) -> Vocabulary:
+    if not from_file:
+        vocab = Vocabulary.build(captions.all_captions(), 5 if threshold is None else threshold)
+        if path is not None:
+            vocab.save(path)
+        return vocab
+    path = Path(path) if path is not None else default_vocab_file()
+    vocab = Vocabulary.load(path, threshold)
+    words = [word for text in list(captions.all_captions())[:1000] for word in vocab.tokenize(text)]
+    known = sum(word in vocab for word in words) / max(1, len(words))
+    if known < 0.8:
+        warnings.warn(
+            f"the vocabulary {path} knows {known:.0%} of these captions' words; it was made for other data: "
+            "build one with vocab_from_file=False",
+            stacklevel=3,
+        )
+    return vocab
+
+
+def default_vocab_file() -> Path:
+    """`vocab.pkl` in the current folder, else the one of this checkout."""
+    here = Path("vocab.pkl")
+    return here if here.is_file() else Path(__file__).resolve().parent.parent / "vocab.pkl"
