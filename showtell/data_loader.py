@@ -302,6 +302,7 @@ class CaptionLoader(DataLoader):
 
     Attributes:
         broken: path -> what is wrong with it, so far.
+        drawn: how many batches this pass has drawn, those included in which nothing could be read.
     """
 
     def __init__(self, dataset: CaptionDataset, max_broken: int = 100, **options: object) -> None:
@@ -309,9 +310,12 @@ class CaptionLoader(DataLoader):
         super().__init__(dataset, **options)
         self.max_broken = max_broken
         self.broken: dict[str, str] = {}
+        self.drawn = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.drawn = 0
         for images, captions, broken in self._collated():
+            self.drawn += 1
             for sample in broken:
                 if sample.path not in self.broken:
                     self.broken[sample.path] = sample.reason

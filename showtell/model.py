@@ -146,6 +146,7 @@ def _tie(classifier: nn.Linear, embed: nn.Embedding) -> None:
         raise UserError(
             f"tie_embeddings needs embed_size == hidden_size, not {embed.weight.shape[1]} and {classifier.in_features}"
         )
+    nn.init.normal_(embed.weight, std=embed.weight.shape[1] ** -0.5)  # small enough to classify with
     classifier.weight = embed.weight
 
 
@@ -164,7 +165,6 @@ class _LSTMDecoder(Decoder):
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, embed_size)
-        nn.init.normal_(self.embed.weight, std=0.1)
         self.lstm = nn.LSTM(
             input_size, hidden_size, num_layers, batch_first=True, dropout=dropout if num_layers > 1 else 0.0
         )
@@ -292,7 +292,6 @@ class DecoderAttention(Decoder):
     ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, embed_size)
-        nn.init.normal_(self.embed.weight, std=0.1)
         self.attention = Attention(hidden_size, embed_size, attention_size)
         self.start_hidden = nn.Linear(embed_size, hidden_size)
         self.start_cell = nn.Linear(embed_size, hidden_size)

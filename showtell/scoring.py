@@ -393,8 +393,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the intervals and p-values (default 0)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs `showtell score`; mistakes of the user come out as `UserError`."""
+def run(args: argparse.Namespace) -> list[Result]:
+    """Runs `showtell score` and prints what it asks for; mistakes of the user come out as `UserError`."""
     frequencies = training = None
     if args.document_frequencies:
         frequencies = metrics.DocumentFrequencies.load(args.document_frequencies)
@@ -416,4 +416,4 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({result.name: result.to_json() for result in results}, indent=1, ensure_ascii=False))
     else:
         print(format_table(results))
-    return 0
+    return results

@@ -136,17 +136,17 @@ def test_empty_candidates_score_nothing_and_are_said():
 # ---- the whole command ----
 
 
-def run(capsys, *arguments: object) -> tuple[int, str]:
+def run(capsys, *arguments: object) -> tuple[list[scoring.Result], str]:
     parser = argparse.ArgumentParser()
     scoring.add_arguments(parser)
-    code = scoring.run(parser.parse_args([str(argument) for argument in arguments]))
-    return code, capsys.readouterr().out
+    results = scoring.run(parser.parse_args([str(argument) for argument in arguments]))
+    return results, capsys.readouterr().out
 
 
 def test_json_is_one_document_of_the_scores(capsys, files):
-    code, out = run(capsys, *files, "--json", "--no-java")
+    results, out = run(capsys, *files, "--json", "--no-java")
     document = json.loads(out)
-    assert code == 0
+    assert [result.name for result in results] == ["system.json"]
     assert list(document) == ["system.json"]
     expected = metrics.score(REFERENCES, CANDIDATES)
     got = document["system.json"]
