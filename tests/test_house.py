@@ -1,0 +1,436 @@
+"""The house rules: floors, front doors, requirements, quick imports, names, links. Each checker is tried on a fault."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FRONT_DOORS = ("model", "data_loader", "vocabulary")
+COURSE_PACKAGES = {"torch", "torchvision", "pycocotools", "nltk", "numpy", "matplotlib", "jupyter", "scikit-image"}
+CORE_PACKAGES = {"safetensors", "tqdm", "pillow"}
+MAX_LINES = 600
+
+
+def load_floors():
+    spec = importlib.util.spec_from_file_location("floors", ROOT / "docs" / "floors.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+floors = load_floors()
+MODULES = sorted(floors.written_modules())
+
+
+def repository_files(*suffixes: str) -> list[Path]:
+    """The files of the repository that git does not ignore, committed or not."""
+    listing = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, text=True
+    )
+    if listing.returncode:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in listing.stdout.split("\0") if name]
+    return [path for path in paths if path.is_file() and (not suffixes or path.suffix in suffixes)]
+
+
+def python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *flags, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+# ---- Floors ------------------------------------------------------------------------------------------------------
+
+
+def imported_modules(source: str) -> set[str]:
+    """Bare names of the package's modules that `source` imports anywhere, in whatever way; `""` is the package."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            home = f"showtell.{node.module or ''}".rstrip(".") if node.level else node.module
+            if home == "showtell":
+                names = ["showtell" if a.name == "__version__" else f"showtell.{a.name}" for a in node.names]
+            else:
+                names = [home]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            names = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+        found |= {name.partition(".")[2].partition(".")[0] for name in names if name.partition(".")[0] == "showtell"}
+    return found
+
+
+def find_circle(graph: dict[str, set[str]]) -> list[str]:
+    """The modules of one circle of imports, the first again at the end; empty where there is none."""
+    done: set[str] = set()
+
+    def follow(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in done:
+            for other in sorted(graph.get(module, ())):
+                if circle := follow(other, [*path, module]):
+                    return circle
+            done.add(module)
+        return []
+
+    for module in sorted(graph):
+        if circle := follow(module, []):
+            return circle
+    return []
+
+
+def floor_faults(sources: dict[str, str]) -> list[str]:
+    """A sentence for each way in which the modules (bare name -> source) break the rule of the floors."""
+    faults = []
+    graph = {module: imported_modules(source) - {""} for module, source in sources.items()}
+    for module, imports in sorted(graph.items()):
+        floor = floors.floor_of(module)
+        if floor is None:
+            faults.append(f"showtell/{module}.py stands on no floor: list it in docs/floors.py")
+            continue
+        for other in sorted(imports):
+            if other not in sources:
+                faults.append(f"showtell/{module}.py imports {other!r} from the package, which is no module of it")
+            elif (floors.floor_of(other) or 0) > floor:
+                faults.append(f"{module} (floor {floor}) imports {other} (floor {floors.floor_of(other)}), which is up")
+    if circle := find_circle(graph):
+        faults.append(f"the imports go in a circle: {' -> '.join(circle)}")
+    return faults
+
+
+def test_imports_go_down_or_stay_on_their_floor():
+    assert floor_faults({name: (ROOT / "showtell" / f"{name}.py").read_text("utf-8") for name in MODULES}) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "fault"),
+    [
+        ({"metrics": "from showtell.train import fit", "train": ""}, "metrics (floor 1) imports train (floor 3)"),
+        ({"metrics": "def f():\n    from . import train", "train": ""}, "metrics (floor 1) imports train (floor 3)"),
+        ({"metrics": "from .train import fit", "train": ""}, "metrics (floor 1) imports train (floor 3)"),
+        ({"metrics": "import showtell.train as t", "train": ""}, "metrics (floor 1) imports train (floor 3)"),
+        ({"metrics": "import_module('showtell.train')", "train": ""}, "metrics (floor 1) imports train (floor 3)"),
+        ({"metrics": "from showtell import load"}, "imports 'load' from the package, which is no module"),
+        ({"helper_of_all": ""}, "stands on no floor"),
+        (
+            {
+                "metrics": "import showtell.model",
+                "model": "import showtell.features",
+                "features": "from . import metrics",
+            },
+            "circle: features -> metrics -> model -> features",
+        ),
+    ],
+)
+def test_the_floor_checker_finds_a_fault(sources: dict[str, str], fault: str):
+    faults = floor_faults(sources)
+    assert len(faults) == 1
+    assert fault in faults[0]
+
+
+def test_the_floor_checker_lets_good_imports_pass():
+    sources = {
+        "train": "import torch\nfrom showtell import __version__\nfrom showtell.model import EncoderCNN",
+        "model": "from showtell import errors",
+        "errors": "import json, model",
+    }
+    assert floor_faults(sources) == []
+
+
+def test_no_module_is_listed_twice():
+    listed = [module for _, modules in floors.FLOORS for module in modules]
+    assert len(listed) == len(set(listed))
+
+
+def test_the_picture_of_the_floors_is_fresh():
+    drawn = floors.draw(floors.written_modules())
+    assert floors.PICTURE.read_text("utf-8") == drawn, "images/floors.svg is old; type: python docs/floors.py"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_is_short_enough_to_read(module: str):
+    lines = len((ROOT / "showtell" / f"{module}.py").read_text("utf-8").splitlines())
+    assert lines <= MAX_LINES, f"showtell/{module}.py has {lines} lines: split it by subject"
+
+
+# ---- Front doors -------------------------------------------------------------------------------------------------
+
+
+def front_door_faults(name: str, source: str) -> list[str]:
+    """What keeps `source` from being a front door: at most 30 lines, a contents page, re-exports, `__all__`."""
+    faults = []
+    tree = ast.parse(source)
+    lines = len(source.splitlines())
+    if lines > 30:
+        faults.append(f"{name}.py has {lines} lines, and a front door has at most 30")
+    rest = tree.body[1:]  # after the docstring
+    imports = [node for node in rest if isinstance(node, ast.ImportFrom) and node.module == f"showtell.{name}"]
+    exported = next((ast.literal_eval(n.value) for n in rest if ast.unparse(n).startswith("__all__ = ")), [])
+    imported = [alias.asname or alias.name for node in imports for alias in node.names]
+    if len(rest) != len(imports) + 1 or "*" in imported:
+        faults.append(f"{name}.py holds more than re-exports from showtell.{name} and __all__")
+    if sorted(imported) != sorted(exported) or not exported:
+        faults.append(f"{name}.py imports {imported} and exports {exported}")
+    page = ast.get_docstring(tree) or ""
+    faults += [f"{name}.py's contents page lacks {word}" for word in exported if not re.search(rf"(?m)^{word}\s", page)]
+    return faults
+
+
+@pytest.mark.parametrize("name", FRONT_DOORS)
+def test_a_front_door_is_a_contents_page(name: str):
+    assert front_door_faults(name, (ROOT / f"{name}.py").read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ('"""X\n\nA  is a.\n"""\nfrom showtell.model import A\n__all__ = ["A"]\nA = A()\n', "holds more than"),
+        ('"""X\n\nA  is a.\n"""\nfrom showtell.train import A\n__all__ = ["A"]\n', "holds more than"),
+        ('"""X\n\nA  is a.\n"""\nfrom showtell.model import A, B\n__all__ = ["A"]\n', "imports ['A', 'B'] and exports"),
+        ('"""X."""\nfrom showtell.model import A\n__all__ = ["A"]\n', "lacks A"),
+        ('"""X\n\nA  is a.\n"""\nfrom showtell.model import A\n__all__ = ["A"]' + "\n" * 30, "has 35 lines"),
+    ],
+)
+def test_the_front_door_checker_finds_a_fault(source: str, fault: str):
+    assert any(fault in found for found in front_door_faults("model", source))
+
+
+@pytest.mark.parametrize("name", FRONT_DOORS)
+def test_a_front_door_opens(name: str):
+    result = python(f"import {name} as door; print(*(getattr(door, name).__name__ for name in door.__all__))")
+    assert result.returncode == 0, result.stderr
+    exported = re.search(r"__all__ = (\[.*?\])", (ROOT / f"{name}.py").read_text("utf-8"), re.DOTALL)
+    assert result.stdout.split() == ast.literal_eval(exported[1])
+
+
+def front_door_users(source: str) -> set[str]:
+    """The front doors that `source` imports, wherever the import stands."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    return names & set(FRONT_DOORS)
+
+
+def test_only_notebooks_and_users_import_a_front_door():
+    users = {
+        str(path.relative_to(ROOT)): found
+        for path in repository_files(".py")
+        if (found := front_door_users(path.read_text("utf-8")))
+    }
+    assert users == {}
+    assert front_door_users("def f():\n    from model import EncoderCNN\n    import os") == {"model"}
+    assert front_door_users("import json, vocabulary") == {"vocabulary"}
+    assert front_door_users("from showtell.model import EncoderCNN\nfrom . import model") == set()
+
+
+# ---- Imports that are quick, and that need little ----------------------------------------------------------------
+
+
+def test_importing_the_package_imports_nothing_slow():
+    slow = "torch torchvision numpy PIL matplotlib nltk skimage pycocotools tqdm"
+    result = python(f"import sys, showtell; print(sorted(set(sys.modules) & set({slow.split()})))")
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+def test_every_module_imports_without_the_optional_packages():
+    """The core runs on machines that have torch, torchvision and little else."""
+    optional = (
+        "nltk pycocotools pycocoevalcap matplotlib jupyter IPython skimage tensorboard "
+        "timm gradio onnx onnxruntime ray pytest"
+    ).split()
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({optional}))  # None makes an import fail
+for module in {MODULES}:
+    importlib.import_module("showtell." + module)
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- Names -------------------------------------------------------------------------------------------------------
+
+
+def name_faults(root_names: list[str], module_names: list[str]) -> list[str]:
+    """Names that would shadow, or be shadowed by, somebody else's; and names that say nothing."""
+    taken = {"captioning", "datasets", "transformers", "evaluate", "torch", "numpy", "test"} | sys.stdlib_module_names
+    vague = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
+    faults = [f"{name} at the root is somebody else's name" for name in root_names if name in taken]
+    for name in [*root_names, *module_names]:
+        if vague & set(name.split("_")):
+            faults.append(f"{name} says nothing: name the subject")
+    faults += [
+        f"showtell/{name}.py has a name of the standard library"
+        for name in module_names
+        if name in sys.stdlib_module_names - {"__main__"}
+    ]
+    return faults
+
+
+def test_names_are_our_own():
+    root_names = [path.stem for path in repository_files(".py") if path.parent == ROOT]
+    assert name_faults(root_names, MODULES) == []
+
+
+def test_the_name_checker_finds_a_fault():
+    assert len(name_faults(["datasets", "utils", "random", "model"], ["image_utils", "json", "metrics"])) == 5
+
+
+# ---- What is installed -------------------------------------------------------------------------------------------
+
+
+def requirement_faults(text: str) -> list[str]:
+    """What is wrong with a requirements file: names, options, addresses, exact pins."""
+    faults = []
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    names = set()
+    for line in filter(None, lines):
+        match = re.fullmatch(r"([A-Za-z0-9-]+)(>=[\d.]+)?", line)
+        if match:
+            names.add(match[1])
+        else:
+            faults.append(f"{line!r} is not a plain 'name>=version' (no index, address or exact pin)")
+    if names != COURSE_PACKAGES | CORE_PACKAGES:
+        faults.append(f"unexpected or missing: {sorted(names ^ (COURSE_PACKAGES | CORE_PACKAGES))}")
+    return faults
+
+
+def test_requirements_are_the_course_packages_and_the_few_the_core_needs():
+    text = (ROOT / "requirements.txt").read_text("utf-8")
+    assert requirement_faults(text) == []
+    assert {"torch>=2.14", "torchvision>=0.29"} <= set(text.splitlines())
+
+
+def test_the_requirement_checker_finds_a_fault():
+    good = "\n".join(COURSE_PACKAGES | CORE_PACKAGES)
+    assert requirement_faults(good) == []
+    assert "no index" in requirement_faults(good + "\n--extra-index-url https://example.org/cpu")[0]
+    assert "no index" in requirement_faults(good.replace("nltk", "nltk==3.9"))[0]
+    assert requirement_faults(good + "\npandas") == ["unexpected or missing: ['pandas']"]
+
+
+def read_toml(path: Path) -> dict:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10, where pytest brings tomli
+        import tomli as tomllib
+    return tomllib.loads(path.read_text("utf-8"))
+
+
+def test_pyproject_agrees_with_the_rest():
+    project = read_toml(ROOT / "pyproject.toml")
+    setuptools = project["tool"]["setuptools"]
+    assert setuptools["packages"] == ["showtell"]
+    assert setuptools["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    assert set(project["project"]["dynamic"]) == {"version", "dependencies"}
+    assert project["project"]["scripts"] == {"showtell": "showtell.__main__:main"}
+    assert project["project"]["requires-python"] == ">=3.10"
+    banned = project["tool"]["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
+    assert set(banned) == set(FRONT_DOORS)
+
+
+# ---- Texts -------------------------------------------------------------------------------------------------------
+
+# In pieces, so that this file does not find itself.
+PRIVATE_PATH = re.compile(r"/wor" + r"k/|/tm" + r"p/|/roo" + r"t/|/hom" + r"e/[a-z]|\.\./sha" + r"red|[A-Z]:\\\\Users")
+OPEN_MARK = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X)\b")
+TEXTS = (".py", ".md", ".toml", ".txt", ".cff", ".ipynb", ".sh", ".html", ".svg", "")
+
+
+def text_faults(name: str, text: str) -> list[str]:
+    """The lines that name a path of one machine, or a thing left to do; `.ci/run` may look beside the checkout."""
+    patterns = [OPEN_MARK] if name == ".ci/run" else [OPEN_MARK, PRIVATE_PATH]
+    return [
+        f"{name}:{number}: {line.strip()[:120]}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if any(pattern.search(line) for pattern in patterns)
+    ]
+
+
+def test_no_text_names_a_path_of_one_machine_or_leaves_something_open():
+    faults = []
+    for path in repository_files(*TEXTS):
+        faults += text_faults(path.relative_to(ROOT).as_posix(), path.read_text("utf-8", errors="replace"))
+    assert faults == []
+
+
+def test_the_text_checker_finds_a_fault():
+    assert text_faults("a.py", "x = 1\n# FIX" + "ME later\nopen('/ho" + "me/me/x')") == [
+        "a.py:2: # FIX" + "ME later",
+        "a.py:3: open('/ho" + "me/me/x')",
+    ]
+    assert text_faults("a.md", "the folder data/flickr8k, and templates/work") == []
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """The links of a Markdown page, and its paths in backquotes, that lead to no file of the repository."""
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    links = [link for link in re.findall(r"\]\(([^)\s#]+)[^)]*\)", prose) if "://" not in link and ":" not in link]
+    paths = re.findall(r"`((?:showtell|tests|benchmarks|docs|images|\.ci)/[\w./-]+)`", prose)
+    broken = [link for link in links if not (page.parent / link).exists()]
+    return broken + [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_links_and_paths_in_the_pages_lead_somewhere():
+    pages = repository_files(".md")
+    assert pages
+    broken = {p.relative_to(ROOT).as_posix(): found for p in pages if (found := broken_links(p, p.read_text("utf-8")))}
+    assert broken == {}
+    assert broken_links(ROOT / "x.md", "[a](gone.md) `showtell/gone.py` [b](https://x.org) `showtell/errors.py`") == [
+        "gone.md",
+        "showtell/gone.py",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["format", "--check"]], ids=["rules", "format"])
+def test_ruff_is_content(arguments: list[str]):
+    pytest.importorskip("ruff")
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", *arguments, "--no-cache", "."], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+# ---- The suite's own guards --------------------------------------------------------------------------------------
+
+BLOCKED = "tests run offline, and this one tried to reach"
+
+
+def test_other_machines_cannot_be_reached():
+    with pytest.raises(OSError, match=BLOCKED):
+        socket.create_connection(("example.org", 80), timeout=1)
+    for family, address in ((socket.AF_INET, ("192.0.2.1", 80)), (socket.AF_INET6, ("2001:db8::1", 80))):
+        with socket.socket(family, socket.SOCK_STREAM) as line, pytest.raises(OSError, match=BLOCKED):
+            line.connect(address)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line, pytest.raises(OSError, match=BLOCKED):
+        line.sendto(b"x", ("192.0.2.1", 53))
+    with pytest.raises(OSError, match=BLOCKED):
+        socket.gethostbyname("example.org")
+
+
+def test_a_process_that_a_test_starts_cannot_reach_other_machines_either():
+    result = python("import urllib.request as r; r.urlopen('http://192.0.2.1/', timeout=1)")
+    assert result.returncode == 1
+    assert BLOCKED in result.stderr
+
+
+def test_this_machine_can_be_reached():
+    for host in ("localhost", "127.0.0.1"):
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.create_connection((host, server.getsockname()[1]), timeout=5),
+        ):
+            server.accept()[0].close()
+    if hasattr(socket, "AF_UNIX"):
+        ours, theirs = socket.socketpair(socket.AF_UNIX)
+        with ours, theirs:
+            ours.sendall(b"x")
+            assert theirs.recv(1) == b"x"
