@@ -1,0 +1,108 @@
+"""What a training run writes of its course: log lines, JSON lines, TensorBoard events, a curve."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from showtell.charts import Curve, write_curve
+from showtell.errors import UserError
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity of a mean loss in nats; beyond 700 a float overflows."""
+    return math.exp(min(loss, 700.0))
+
+
+@dataclass
+class Totals:
+    """Token-weighted sums of an epoch so far; `recent` is the mean loss of the last batch."""
+
+    nll: float = 0.0
+    words: int = 0
+    recent: float = 0.0
+
+    def add(self, nll: float, words: int) -> None:
+        self.nll, self.words, self.recent = self.nll + nll, self.words + words, nll / max(1, words)
+
+    @property
+    def mean(self) -> float:
+        return self.nll / max(1, self.words)
+
+
+class TrainingLog:
+    """`training_log.txt` for people, `training_log.jsonl` for programs, TensorBoard on request; all are appended to."""
+
+    def __init__(self, out: Path, tensorboard: bool = False, quiet: bool = False) -> None:
+        """Opens the log of the run in `out`; unless `quiet`, each epoch's line is printed too."""
+        self.quiet = quiet
+        self.board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError('--tensorboard needs tensorboard; type pip install "showtell[tensorboard]"') from None
+            self.board = SummaryWriter(str(out))
+        self.text = (out / "training_log.txt").open("a", encoding="utf-8", buffering=1)
+        self.lines = (out / "training_log.jsonl").open("a", encoding="utf-8", buffering=1)
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.text.close()
+        self.lines.close()
+        if self.board:
+            self.board.close()
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int, totals: Totals) -> None:
+        loss, perplexity = totals.recent, perplexity_of(totals.recent)
+        self.text.write(
+            f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, Perplexity: {perplexity:.4f}\n"
+        )
+        self.lines.write(json.dumps({"epoch": epoch, "step": step, "loss": loss, "perplexity": perplexity}) + "\n")
+        if self.board:
+            self.board.add_scalar("train/loss", loss, (epoch - 1) * steps + step)
+
+    def epoch(self, record: dict, epochs: int, device: torch.device) -> None:
+        scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
+        memory = ""
+        if device.type == "cuda":
+            memory = f", GPU memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MB"
+        line = (
+            f"Epoch [{record['epoch']}/{epochs}], train perplexity {record['train_perplexity']:.3f}, "
+            f"validation loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.3f}, {scores}, "
+            f"{record['seconds']} s{memory}{', best so far' if record['best'] else ''}"
+        )
+        self.text.write(line + "\n")
+        self.lines.write(json.dumps(record) + "\n")
+        if not self.quiet:
+            tqdm.write(line)
+        if self.board:
+            for name in ("train_loss", "val_loss", "val_perplexity"):
+                self.board.add_scalar(name.replace("_", "/", 1), record[name], record["epoch"])
+            for name, value in record["scores"].items():
+                self.board.add_scalar(f"val/{name}", value, record["epoch"])
+
+
+def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
+    """Draws loss and perplexity of every epoch, training and validation, as a PNG."""
+
+    def series(kind: str) -> dict[str, list[tuple[float, float]]]:
+        return {
+            name: [(record["epoch"], record[f"{part}_{kind}"]) for record in history]
+            for name, part in (("training", "train"), ("validation", "val"))
+        }
+
+    curves = [
+        Curve("Loss", series("loss"), "epoch", "nats a word"),
+        Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True),
+    ]
+    write_curve(path, curves)

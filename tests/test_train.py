@@ -1,0 +1,1046 @@
+"""Training: a stopped run goes on bit for bit, a killed one keeps its last save, and the recipe is what is learnt."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from showtell import checkpoint as checkpoint_module
+from showtell import datasets, metrics, train
+from showtell.checkpoint import load_checkpoint, load_resume, read_header
+from showtell.data_loader import ImageBatchSampler
+from showtell.datasets import CaptionSet, SyntheticSet
+from showtell.decoding import Rules, greedy
+from showtell.errors import UserError
+from showtell.files import lock
+from showtell.model import DECODERS, IGNORE, caption_loss
+from showtell.recipes import Recipe
+from showtell.train import Run, Stopped, Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden" / "losses.json"
+
+# Dropout and augmentation are on, so that a wrong generator or epoch shows.
+SMALL = Recipe(
+    encoder="tiny", decoder="transformer", embed_size=16, hidden_size=16, attention_size=16, num_heads=2, dropout=0.3,
+    word_dropout=0.1, resize=20, crop=16, random_crop=True, flip=True, threshold=1, group="image", batch_size=4,
+    epochs=2, optimizer="adamw", lr=1e-3, warmup=3, clip=1.0, label_smoothing=0.0, max_len=12,
+)  # fmt: skip
+PLAIN = SMALL.with_settings({"dropout": 0, "word_dropout": 0, "random_crop": False, "flip": False})
+RESNET = PLAIN.with_settings({"encoder": "resnet18", "resize": 32, "crop": 32, "decoder": "show-tell", "epochs": 1})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+@pytest.fixture
+def no_curve(monkeypatch):
+    monkeypatch.setattr(train, "draw_curve", lambda *_: None)
+
+
+@pytest.fixture
+def no_files(monkeypatch, no_curve):
+    """For large backbones, whose checkpoints nobody reads here."""
+    monkeypatch.setattr(Trainer, "_save_model", lambda *_: None)
+    monkeypatch.setattr(Trainer, "save_resume", lambda _: None)
+
+
+def drawn(n: int = 20, split: str = "train", captions: int = 2) -> SyntheticSet:
+    """Scenes of 16 pixels with so many captions each."""
+    full = datasets.load("synthetic", split=split, n=n, size=16)
+    return SyntheticSet(split, range(n), 16, 0, [texts[:captions] for texts in full.captions])
+
+
+def trainer_in(out: Path, recipe: Recipe = SMALL, train_set=None, val_set=None, **run) -> Trainer:
+    run = {"weights": None, "features": "", "print_every": 1} | run
+    return Trainer(recipe, Run(out=str(out), **run), train_set or drawn(), val_set or drawn(5, "val"))
+
+
+def resumed(out: Path, **changes) -> Trainer:
+    torch.manual_seed(999)  # what the process did before must not matter
+    return Trainer.resume(out, drawn(), drawn(5, "val"), **changes)
+
+
+def signal_at(trainer: Trainer, number: int, step: int) -> None:
+    """Sends this process a signal in the middle of a step of the first epoch."""
+    take_step = trainer._train_step
+
+    def interrupted(images, captions):
+        if (trainer.epoch, trainer.step + 1) == (0, step):
+            signal.raise_signal(number)
+        return take_step(images, captions)
+
+    trainer._train_step = interrupted
+
+
+def log_of(out: Path) -> list[dict]:
+    records = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def losses(out: Path) -> list[float]:
+    return [record["loss"] for record in log_of(out) if "step" in record]
+
+
+def timeless(history: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in history]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Weights, optimiser, generators and history of two run folders are equal, bit for bit."""
+    a, b = load_resume(one / "resume.pt"), load_resume(other / "resume.pt")
+    assert timeless(a["history"]) == timeless(b["history"])
+    for key in ("model", "optimizer", "scheduler", "generators", "epoch", "step", "totals", "best"):
+        torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
+    for name in ("best.safetensors", "last.safetensors"):
+        weights = [load_checkpoint(out / name).model.state_dict() for out in (one, other)]
+        torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Gives the folder of a run that nothing interrupted, made once for each recipe."""
+    done: dict[Recipe, Path] = {}
+
+    def run(recipe: Recipe) -> Path:
+        if recipe not in done:
+            done[recipe] = tmp_path_factory.mktemp("straight")
+            trainer_in(done[recipe], recipe).fit(progress=False)
+        return done[recipe]
+
+    return run
+
+
+# ---- Stopped and resumed -----------------------------------------------------------------------------------------
+
+WAYS = [
+    ({"decoder": "show-tell", "group": "length", "num_layers": 2}, 0, signal.SIGINT),
+    ({"decoder": "every-step", "captions_per_image": 1, "label_smoothing": 0.1}, 0, signal.SIGTERM),
+    ({"decoder": "attend", "attention_cost": 1.0, "optimizer": "adam"}, 2, signal.SIGTERM),
+    ({"decoder": "transformer", "group": "length"}, 2, signal.SIGINT),
+]
+
+
+@pytest.mark.parametrize(("settings", "num_workers", "number"), WAYS, ids=[way[0]["decoder"] for way in WAYS])
+def test_a_stopped_run_goes_on_bit_for_bit(settings, num_workers, number, straight, tmp_path, no_curve):
+    recipe = SMALL.with_settings(settings)
+    trainer = trainer_in(tmp_path / "a run", recipe, num_workers=num_workers)
+    before = signal.getsignal(number)
+    signal_at(trainer, number, step=3)
+    with pytest.raises(Stopped, match=re.escape(f"showtell train --resume --out '{tmp_path / 'a run'}'")) as stopped:
+        trainer.fit(progress=False)
+    assert "stopped in epoch 1 after step 3, and saved" in str(stopped.value)
+    assert signal.getsignal(number) is before
+    assert len(trainer.loader) > 4, "the epoch was over before it was stopped"
+    assert trainer.history == []
+
+    again = resumed(tmp_path / "a run", num_workers=num_workers)
+    assert (again.epoch, again.step, again.recipe) == (0, 3, recipe)
+    again.fit(progress=False)
+    assert_same_run(tmp_path / "a run", straight(recipe))
+    assert log_of(tmp_path / "a run") == log_of(straight(recipe))
+
+
+def test_workers_change_nothing(straight, tmp_path, no_curve):
+    trainer_in(tmp_path, num_workers=2).fit(progress=False)
+    assert log_of(tmp_path) == log_of(straight(SMALL))
+    assert_same_run(tmp_path, straight(SMALL))
+
+
+def test_dropout_and_augmentation_are_on_in_these_tests(straight):
+    assert losses(straight(SMALL))[0] != losses(straight(PLAIN))[0]
+    assert losses(straight(SMALL)) != losses(straight(SMALL.with_settings({"flip": False})))
+
+
+@pytest.mark.parametrize("where", ["perplexity", "write_captions"])
+def test_stopped_while_validating_the_epoch_is_not_trained_again(where, straight, tmp_path, monkeypatch, no_curve):
+    work = getattr(train, where)
+
+    def interrupted(*args, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return work(*args, **options)
+
+    trainer = trainer_in(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, where, interrupted)
+        with pytest.raises(Stopped):
+            trainer.fit(progress=False)
+    assert (trainer.epoch, trainer.step, trainer.history) == (0, len(trainer.loader), [])
+    again = resumed(tmp_path)
+    again.fit(progress=False)
+    assert_same_run(tmp_path, straight(SMALL))
+    assert log_of(tmp_path) == log_of(straight(SMALL))
+
+
+def test_stopped_between_epochs(straight, tmp_path, no_curve):
+    trainer = trainer_in(tmp_path)
+    with pytest.raises(Stopped, match="stopped in epoch 2 after step 0"):
+        trainer.fit(on_epoch=lambda _: signal.raise_signal(signal.SIGTERM), progress=False)
+    resumed(tmp_path).fit(progress=False)
+    assert_same_run(tmp_path, straight(SMALL))
+
+
+def test_a_signal_after_the_last_epoch_finds_the_run_done(tmp_path, no_curve):
+    recipe = SMALL.with_settings({"epochs": 1})
+    history = trainer_in(tmp_path, recipe).fit(lambda _: signal.raise_signal(signal.SIGTERM), progress=False)
+    assert len(history) == 1
+    again = resumed(tmp_path)
+    again._train_step = None  # it would be called
+    assert again.fit(progress=False) == history
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    trainer = trainer_in(tmp_path)
+    signal_at(trainer, signal.SIGINT, 2)
+    signal_at(trainer, signal.SIGINT, 2)  # around the first: two signals in one step
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit(progress=False)
+    assert not (tmp_path / "resume.pt").exists()
+
+
+def test_saves_inside_an_epoch_when_it_is_time(tmp_path, no_curve, monkeypatch):
+    saved_at: list[tuple[int, int]] = []
+    often, never = trainer_in(tmp_path / "often", save_minutes=0), trainer_in(tmp_path / "never", save_minutes=60)
+    monkeypatch.setattr(Trainer, "save_resume", lambda self: saved_at.append((self.epoch, self.step)))
+    often.fit(progress=False)
+    steps = range(1, len(often.loader) + 1)
+    assert saved_at == [*((0, step) for step in steps), (1, 0), *((1, step) for step in steps), (2, 0)]
+    saved_at.clear()
+    never.fit(progress=False)
+    assert saved_at == [(1, 0), (2, 0)]
+
+
+# ---- Other processes: real signals, kills, a folder in use -------------------------------------------------------
+
+
+def start(function: str, *args: str) -> subprocess.Popen:
+    """Runs a function of this file in a new process."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ["PYTHONPATH"]])
+    code = f"import sys, test_train; test_train.{function}(*sys.argv[1:])"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *args],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_until_told(out: str) -> None:
+    """Trains up to the third step, says so, and waits in it for a signal."""
+    torch.set_num_threads(1)
+    trainer = trainer_in(Path(out))
+    take_step = trainer._train_step
+
+    def wait_in_third(images, captions):
+        if trainer.step == 2:
+            print("ready", flush=True)
+            deadline = time.monotonic() + 120
+            while not trainer.stop_signal and time.monotonic() < deadline:
+                time.sleep(0.01)
+        return take_step(images, captions)
+
+    trainer._train_step = wait_in_third
+    try:
+        trainer.fit(progress=False)
+    except Stopped as stopped:
+        print(stopped)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_from_outside_saves_and_the_folder_is_in_use_until_then(number, straight, tmp_path, no_curve):
+    second = trainer_in(tmp_path)
+    with start("run_until_told", str(tmp_path)) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            with pytest.raises(UserError, match=f"process {process.pid} on .* is training in .*; wait until it ends"):
+                second.fit(progress=False)
+            process.send_signal(number)
+            assert "stopped in epoch 1 after step 3" in process.communicate(timeout=60)[0]
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    with pytest.raises(UserError, match="already holds a run; add --resume"):
+        second.fit(progress=False)  # the first has come and gone, and its run must not be overwritten
+    resumed(tmp_path).fit(progress=False)
+    assert_same_run(tmp_path, straight(SMALL))
+    assert log_of(tmp_path) == log_of(straight(SMALL))
+
+
+KILLS = [("step", 2), ("save", 1), ("save", 3), ("step", 4)]
+
+
+def run_and_be_killed(out: str) -> None:
+    """Starts a run again and again, killing it at the n-th time it is in a step, or half through a save."""
+    torch.set_num_threads(1)
+    folder = Path(out)
+    next(iter(trainer_in(folder).loader))  # imports what all of them need
+    for where, nth in [*KILLS, ("never", 0)]:
+        reader, writer = os.pipe()
+        if not (child := os.fork()):
+            os.close(reader)
+            status = 1
+            try:
+                _train_telling(folder, writer)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(writer)
+        seen = 0
+        while word := os.read(reader, 4).decode():
+            seen += word == where
+            if word == where and seen == nth:
+                os.kill(child, signal.SIGKILL)
+                break
+        os.close(reader)
+        _, status = os.waitpid(child, 0)
+        print("killed" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}", where, flush=True)
+        if (folder / "resume.pt").exists():
+            load_resume(folder / "resume.pt")  # whole, or this raises
+
+
+def _train_telling(folder: Path, writer: int) -> None:
+    """Trains, saving at every step; says where it is, and stays there a little while."""
+    begun = (folder / "resume.pt").exists()
+    trainer = resumed(folder) if begun else trainer_in(folder, save_minutes=0)
+    take_step, torch_save = trainer._train_step, torch.save
+
+    def slow_step(images, captions):
+        os.write(writer, b"step")
+        time.sleep(0.03)
+        return take_step(images, captions)
+
+    def slow_save(value, path):
+        torch_save(value, path)
+        size = path.stat().st_size
+        os.truncate(path, size // 2)
+        os.write(writer, b"save")
+        time.sleep(0.03)
+        torch_save(value, path)
+
+    trainer._train_step = slow_step
+    torch.save = slow_save
+    train.write_curve = lambda *_: None
+    trainer.fit(progress=False)
+
+
+def test_killed_in_steps_and_saves_the_run_ends_as_if_nothing_happened(straight, tmp_path):
+    with start("run_and_be_killed", str(tmp_path)) as process:
+        printed, _ = process.communicate(timeout=300)
+    ends = [line for line in printed.splitlines() if not line.startswith("Epoch")]
+    assert ends == [*(f"killed {where}" for where, _ in KILLS), "exit 0 never"]
+    assert_same_run(tmp_path, straight(SMALL))
+    assert list(tmp_path.glob(".*.tmp")) == [], "half a save was left behind"
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
+def test_a_save_that_fails_leaves_the_old_one_whole(failing, tmp_path, monkeypatch, no_curve):
+    trainer = trainer_in(tmp_path)
+    signal_at(trainer, signal.SIGTERM, 2)
+    with pytest.raises(Stopped):
+        trainer.fit(progress=False)
+    old = (tmp_path / "resume.pt").read_bytes()
+
+    def half_written(value, path):
+        Path(path).write_bytes(old[:1000])
+        raise OSError(28, "No space left on device")
+
+    if failing == "torch.save":
+        monkeypatch.setattr(torch, "save", half_written)
+    else:
+        monkeypatch.setattr(os, "replace", lambda *_: half_written(None, tmp_path / "elsewhere"))
+    again = resumed(tmp_path)
+    again.step = 7
+    with pytest.raises(OSError, match="No space left"):
+        again.save_resume()
+    assert (tmp_path / "resume.pt").read_bytes() == old
+    assert list(tmp_path.glob(".*.tmp")) == []
+    assert resumed(tmp_path).step == 2
+
+
+def test_too_little_disk_is_said_and_the_old_save_kept(tmp_path, monkeypatch, no_curve):
+    trainer = trainer_in(tmp_path)
+    signal_at(trainer, signal.SIGTERM, 2)
+    with pytest.raises(Stopped):
+        trainer.fit(progress=False)
+    again = resumed(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"saving .*resume.pt needs .* has 1000 bytes free"):
+        again.save_resume()
+    assert resumed(tmp_path).step == 2
+
+
+# ---- Folders and data that cannot be -----------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+    trainer = trainer_in(tmp_path)
+    with lock(tmp_path, "is training in"), pytest.raises(UserError, match=r"is training in .* choose another folder"):
+        trainer.fit(progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_folder_with_a_run_is_refused(straight, tmp_path):
+    with pytest.raises(UserError, match="already holds a run; add --resume to continue it, or choose another --out"):
+        trainer_in(straight(SMALL))
+    (tmp_path / "best.safetensors").write_bytes(b"the only copy of a week's work")
+    with pytest.raises(UserError, match="holds the model of an older run; move it away, or choose another --out"):
+        trainer_in(tmp_path)
+
+
+def test_a_run_of_another_version_is_not_resumed(straight, tmp_path):
+    state = load_resume(straight(SMALL) / "resume.pt")
+    state["recipe"]["cleverness"] = 11
+    state["showtell"] = "9.9"
+    checkpoint_module.save_resume(tmp_path / "resume.pt", state)
+    with pytest.raises(
+        UserError, match=r"written by showtell 9\.9, whose settings this one \(.*\) does not know; go on"
+    ):
+        resumed(tmp_path)
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match=r"holds no run to resume .*leave --resume out to begin one"):
+        Trainer.resume(tmp_path)
+
+
+def changed(captions: CaptionSet, change: str) -> CaptionSet:
+    texts = [list(own) for own in captions.captions]
+    if change == "a new word":
+        texts[3][0] += " zebra"
+    elif change == "the same words in another order":
+        texts[3].reverse()
+    indices = captions.indices
+    if change == "one picture fewer":
+        indices, texts = indices[1:], texts[1:]
+    return SyntheticSet(captions.split, indices, 16, 0, texts)
+
+
+@pytest.mark.parametrize("change", ["a new word", "the same words in another order", "one picture fewer"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_changed_data_are_not_resumed(change, split, straight):
+    sets = {"train": drawn(), "val": drawn(5, "val")}
+    sets[split] = changed(sets[split], change)
+    with pytest.raises(
+        UserError, match=r"have changed since .* was begun; bring them back as they were, or begin a new"
+    ):
+        Trainer.resume(straight(SMALL), *sets.values())
+    sets[split] = drawn(*((20,) if split == "train" else (5, "val")))
+    assert Trainer.resume(straight(SMALL), *sets.values()).epoch == SMALL.epochs
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"best_by": "beauty"}, "best_by='beauty' is not known; choose one of CIDEr"),
+        ({"print_every": 0}, "print_every=0 is too low; give 1 or more"),
+        ({"patience": -1}, "patience=-1 is too low; give 0 or more"),
+        ({"num_workers": -1}, "num_workers=-1 is too low"),
+        ({"save_minutes": float("nan")}, "save_minutes=nan is too low"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        Run(**settings)
+
+
+# ---- Pictures that cannot be read --------------------------------------------------------------------------------
+
+
+def on_disk(folder: Path, captions: SyntheticSet, broken: tuple[int, ...] = ()) -> CaptionSet:
+    """The same pictures as files, some of them text."""
+    folder.mkdir(exist_ok=True)
+    names = [f"{i:03d}.png" for i in range(len(captions))]
+    for i, name in enumerate(names):
+        if i in broken:
+            (folder / name).write_text("no picture")
+        else:
+            Image.fromarray(captions.image(i).permute(1, 2, 0).numpy()).save(folder / name)
+    return CaptionSet("folder", captions.split, list(range(len(captions))), captions.captions, names, folder)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_broken_pictures_are_left_out_up_to_a_limit(tmp_path, no_curve):
+    data = on_disk(tmp_path / "train", drawn(12), (0, 7)), on_disk(tmp_path / "val", drawn(5, "val"), (2,))
+    trainer = trainer_in(tmp_path / "run", PLAIN.with_settings({"epochs": 1}), *data, max_broken=2)
+    (record,) = trainer.fit(progress=False)
+    assert math.isfinite(record["val_loss"])
+    assert [Path(path).name for path in sorted(trainer.loader.broken)] == ["000.png", "007.png"]
+    assert trainer.scored.max_broken == 2
+    with pytest.raises(UserError, match="2 pictures cannot be read, more than the 1 allowed") as error:
+        trainer_in(tmp_path / "other", PLAIN, *data, max_broken=1).fit(progress=False)
+    assert "000.png" in str(error.value)
+    assert "007.png" in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_batch_without_a_readable_picture_is_not_counted_twice_when_resuming(tmp_path, no_curve):
+    recipe = SMALL.with_settings({"batch_size": 1})
+    second = list(ImageBatchSampler(6, 1))[1][0]
+    data = on_disk(tmp_path / "train", drawn(6), (second,)), drawn(5, "val")
+    trainer_in(tmp_path / "straight", recipe, *data).fit(progress=False)
+    trainer = trainer_in(tmp_path / "stopped", recipe, *data)
+    signal_at(trainer, signal.SIGTERM, 2)
+    with pytest.raises(Stopped, match="after step 3"):
+        trainer.fit(progress=False)
+    torch.manual_seed(999)
+    Trainer.resume(tmp_path / "stopped", *data).fit(progress=False)
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert len(losses(tmp_path / "stopped")) == 2 * 5
+
+
+# ---- What trains, and how fast -----------------------------------------------------------------------------------
+
+
+def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_frozen_backbone_never_changes(cached, tmp_path, no_files):
+    trainer = trainer_in(tmp_path / "run", RESNET, features=str(tmp_path / "features") if cached else "")
+    before = tensors(trainer)
+    trainer.fit(progress=False)
+    changed = moved(before, tensors(trainer))
+    assert not [name for name in changed if name.startswith("encoder.backbone")]
+    assert {"encoder.embed.weight", "encoder.embed.bias", "decoder.embed.weight", "decoder.linear.weight"} <= changed
+    assert any(name.endswith("running_mean") for name in before), "there is no batch norm to watch"
+    assert (tmp_path / "features").exists() == cached
+
+
+@pytest.mark.parametrize("fine_tune", ["layer4", "layer1, layer3", "all"])
+def test_fine_tuning_moves_the_named_layers_at_their_own_rate(fine_tune, tmp_path, no_files):
+    settings = {"fine_tune": fine_tune, "backbone_lr": 1e-6, "lr": 1e-3, "batch_size": 8, "warmup": 0, "clip": 1e9}
+    trainer = trainer_in(
+        tmp_path / "run", RESNET.with_settings(settings), drawn(8), features=str(tmp_path / "features")
+    )
+    assert len(trainer.loader) == 1
+    before = tensors(trainer)
+    trainer.fit(progress=False)
+    after = tensors(trainer)
+    backbone = {name for name in moved(before, after) if name.startswith("encoder.backbone")}
+    layers = ("",) if fine_tune == "all" else tuple(fine_tune.split(", "))
+    own = {name for name, _ in trainer.model.encoder.backbone.net.named_parameters() if name.startswith(layers)}
+    assert backbone == {f"encoder.backbone.net.{name}" for name in own}  # batch norm's statistics are no parameters
+    # Adam's first step is the learning rate itself, whatever the gradient.
+    steps = [(after[name] - before[name]).abs().max() for name in backbone]
+    assert max(steps).item() == pytest.approx(1e-6, rel=0.2)
+    assert (after["encoder.embed.weight"] - before["encoder.embed.weight"]).abs().max().item() == pytest.approx(
+        1e-3, rel=0.01
+    )
+    assert not (tmp_path / "features").exists(), "features of a backbone that trains were cached"
+
+
+def test_the_tiny_backbone_trains_whole_at_the_full_rate(tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"epochs": 1, "backbone_lr": 1e-9}))
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {PLAIN.lr}
+    before = tensors(trainer)
+    trainer.fit(progress=False)
+    names = {f"encoder.backbone.net.{name}" for name, _ in trainer.model.encoder.backbone.net.named_parameters()}
+    assert names <= moved(before, tensors(trainer))
+
+
+def test_an_unknown_layer_is_named(tmp_path):
+    with pytest.raises(UserError, match="resnet18 has no layer 'layer9' to train; its layers are conv1"):
+        trainer_in(tmp_path, RESNET.with_settings({"fine_tune": "layer9"}))
+
+
+@pytest.mark.parametrize("decoder", ["show-tell", "attend"])
+def test_training_from_the_cache_equals_training_from_pictures(decoder, tmp_path, no_files):
+    recipe = RESNET.with_settings({"decoder": decoder, "dropout": 0.3, "resize": 64, "crop": 64, "lr": 5e-3})
+    data = drawn(12), drawn(3, "val")
+    cached = trainer_in(tmp_path / "cached", recipe, *data, features=str(tmp_path / "features"))
+    assert cached.loader.dataset.cache is not None
+    (from_cache,) = cached.fit(progress=False)
+    fresh = trainer_in(tmp_path / "fresh", recipe, *data)
+    assert fresh.loader.dataset.cache is None
+    (from_pictures,) = fresh.fit(progress=False)
+    assert len(losses(tmp_path / "cached")) == len(cached.loader)
+    assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fresh"), rel=1e-4)
+    assert from_cache["val_loss"] == pytest.approx(from_pictures["val_loss"], rel=1e-4)
+
+
+def test_a_run_from_the_cache_is_resumed_bit_for_bit_and_computes_nothing_again(tmp_path, no_curve):
+    recipe = RESNET.with_settings({"dropout": 0.3})
+    features = str(tmp_path / "features")
+    trainer_in(tmp_path / "straight", recipe, features=features).fit(progress=False)
+    (rows,) = (tmp_path / "features").rglob("features.f16")
+    size = rows.stat().st_size
+    trainer = trainer_in(tmp_path / "stopped", recipe, features=features)
+    signal_at(trainer, signal.SIGTERM, 2)
+    with pytest.raises(Stopped):
+        trainer.fit(progress=False)
+    resumed(tmp_path / "stopped").fit(progress=False)
+    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert list((tmp_path / "features").rglob("features.f16")) == [rows]
+    assert rows.stat().st_size == size
+
+
+def test_augmentation_keeps_the_cache_away(tmp_path):
+    trainer = trainer_in(tmp_path, RESNET.with_settings({"flip": True}), features=str(tmp_path / "features"))
+    assert trainer.loader.dataset.cache is None
+    assert not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_both_groupings_give_the_same_loss_when_the_weights_stay(decoder, tmp_path, no_files):
+    recipe = PLAIN.with_settings({"decoder": decoder, "lr": 1e-30, "epochs": 1})
+    uneven = [texts[: 1 + i % 3] for i, texts in enumerate(drawn(10, captions=3).captions)]
+    data = SyntheticSet("train", range(10), 16, 0, uneven)
+    records = [
+        trainer_in(tmp_path / group, recipe.with_settings({"group": group}), data).fit(progress=False)[0]
+        for group in ("length", "image")
+    ]
+    for name in ("train_loss", "val_loss"):
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_mixed_precision_trains_single_precision_weights(precision, straight, tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"precision": precision}))
+    trainer.fit(progress=False)
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert (losses(tmp_path) == losses(straight(PLAIN))) == (precision == "float32")
+    assert losses(tmp_path) == pytest.approx(losses(straight(PLAIN)), rel=0.02)
+
+
+# ---- The loss ----------------------------------------------------------------------------------------------------
+
+
+def padded_captions() -> torch.Tensor:
+    """(2, 2, 6): two captions an image, of 6, 4, 3 and no words."""
+    captions = torch.tensor([[0, 5, 6, 7, 8, 1], [0, 9, 4, 1] + [IGNORE] * 2, [0, 3, 1] + [IGNORE] * 3, [IGNORE] * 6])
+    return captions.view(2, 2, 6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("image_step", [0, 1])
+def test_the_loss_is_torchs_cross_entropy(smoothing, image_step):
+    captions = padded_captions()
+    logits = torch.randn(4, 5 + image_step, 10, requires_grad=True)
+    loss = caption_loss(logits, captions, smoothing)
+    arguments = (logits[:, image_step:].flatten(0, 1), captions.flatten(0, 1)[:, 1:].flatten())
+    expected = F.cross_entropy(*arguments, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+    assert loss.objective.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.nll.item() == pytest.approx(F.cross_entropy(*arguments, reduction="sum").item(), rel=1e-5)
+    assert int(loss.words) == 5 + 3 + 2
+    (ours,) = torch.autograd.grad(loss.objective, logits)
+    (theirs,) = torch.autograd.grad(
+        F.cross_entropy(*arguments, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing), logits
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_hidden_words():
+    captions = torch.randint(3, 50, (400, 2, 6))
+    captions[..., 0], captions[::2, 1, 3:] = 0, IGNORE
+    assert train.drop_words(captions, 0.0, 2) is captions
+    dropped = train.drop_words(captions, 0.3, 2)
+    assert torch.equal(dropped == IGNORE, captions == IGNORE)
+    assert (dropped[..., 0] == 0).all()
+    hidden = dropped != captions
+    assert (dropped[hidden] == 2).all()
+    assert hidden.sum().item() / (captions[..., 1:] != IGNORE).sum().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_words_are_hidden_from_the_decoder_and_not_from_the_loss(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"word_dropout": 0.5}))
+    images, captions = next(iter(trainer.loader))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        logits, _ = trainer.model(images, train.drop_words(captions, 0.5, trainer.vocab.unk_id))
+    torch.manual_seed(1)
+    nll, words = trainer._train_step(images, captions)
+    assert (nll, words) == (pytest.approx(caption_loss(logits, captions).nll.item()), (captions[..., 1:] >= 0).sum())
+
+
+def test_doubly_stochastic_penalty_against_a_plain_loop():
+    captions = padded_captions()
+    alphas = torch.rand(4, 5, 7).softmax(-1)
+    total, counted = 0.0, 0
+    for n, caption in enumerate(captions.flatten(0, 1).tolist()):
+        words = [t for t in range(5) if caption[t + 1] != IGNORE]
+        if not words:
+            continue
+        counted += 1
+        for cell in range(7):
+            total += (1 - sum(alphas[n, t, cell].item() for t in words)) ** 2
+    assert counted == 3
+    assert train.doubly_stochastic_penalty(alphas, captions).item() == pytest.approx(total / counted, rel=1e-5)
+
+
+def test_the_attention_cost_is_added_to_what_training_descends(tmp_path):
+    gradients = []
+    for cost in (0.0, 2.0):
+        recipe = PLAIN.with_settings({"decoder": "attend", "attention_cost": cost, "clip": 1e9})
+        trainer = trainer_in(tmp_path / str(cost), recipe)
+        images, captions = next(iter(trainer.loader))
+        trainer._train_step(images, captions)
+        gradients.append(trainer.model.decoder.attention.query.weight.grad.clone())
+    trainer = trainer_in(tmp_path / "fresh", recipe)
+    _, alphas = trainer.model(images, captions)
+    (2 * train.doubly_stochastic_penalty(alphas, captions)).backward()
+    torch.testing.assert_close(gradients[1] - gradients[0], trainer.model.decoder.attention.query.weight.grad)
+
+
+def test_the_log_has_the_loss_of_the_words_before_the_step(tmp_path, no_curve):
+    recipe = PLAIN.with_settings({"label_smoothing": 0.3, "epochs": 1})
+    trainer = trainer_in(tmp_path, recipe)
+    with torch.no_grad():
+        images, captions = next(iter(trainer.loader))
+        logits, _ = trainer.model(images, captions)
+    targets = captions.flatten(0, 1)[:, 1:]
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE).item()
+    (record,) = trainer.fit(progress=False)
+    assert losses(tmp_path)[0] == pytest.approx(expected, rel=1e-5)
+    assert record["train_perplexity"] == pytest.approx(math.exp(record["train_loss"]))
+
+
+def test_the_epochs_loss_weighs_words_not_batches(tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"group": "length", "epochs": 1}))
+    sizes: list[int] = []
+    take_step = trainer._train_step
+
+    def counted(images, captions):
+        sizes.append(int((captions[:, 1:] != IGNORE).sum()))
+        return take_step(images, captions)
+
+    trainer._train_step = counted
+    (record,) = trainer.fit(progress=False)
+    steps = losses(tmp_path)
+    weighted = sum(loss * size for loss, size in zip(steps, sizes, strict=True)) / sum(sizes)
+    assert len(set(sizes)) > 1
+    assert record["train_loss"] == pytest.approx(weighted)
+    assert record["train_loss"] != pytest.approx(sum(steps) / len(steps), rel=1e-6)
+
+
+def test_warm_up_and_cosine():
+    values = [train._warm_cosine(step, 4, 12) for step in range(13)]
+    assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert values[8] == pytest.approx(0.5)
+    assert values[12] == pytest.approx(0.0)
+    assert values[4:] == sorted(values[4:], reverse=True)
+    assert train._warm_cosine(0, 0, 10) == 1.0
+    assert train._warm_cosine(5, 10, 10) == 0.6  # a run no longer than its warm-up
+    assert train._warm_cosine(10, 10, 10) == 1.0
+
+
+def test_the_optimiser_gets_these_rates(tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN)
+    rates: list[float] = []
+    take_step = trainer._train_step
+
+    def noted(images, captions):
+        rates.append(trainer.optimizer.param_groups[0]["lr"])
+        return take_step(images, captions)
+
+    trainer._train_step = noted
+    trainer.fit(progress=False)
+    total = 2 * len(trainer.loader)
+    expected = [PLAIN.lr * train._warm_cosine(step, PLAIN.warmup, total) for step in range(total)]
+    assert rates == pytest.approx(expected)
+
+
+def test_the_gradient_is_clipped(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"clip": 0.01}))
+    trainer._train_step(*next(iter(trainer.loader)))
+    norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("group", ["length", "image"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(group, tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"lr": 1e30, "warmup": 0, "group": group}))
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) and the norm of its gradient") as error:
+        trainer.fit(progress=False)
+    step = trainer.step + 1
+    assert step > 1, "the first step cannot know"
+    batches = trainer_in(tmp_path / "other", trainer.recipe).loader.batch_sampler
+    batch = list(batches)[step - 1]
+    images = [trainer.loader.dataset.image_of[n] for n in batch] if group == "length" else batch
+    names = list(dict.fromkeys(f"train-0-{i}" for i in images))
+    assert f"at step {step} of epoch 1, in the batch of the images {', '.join(names)};" in str(error.value)
+    assert not (tmp_path / "resume.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weights(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN)
+    trainer.model.decoder.linear.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = tensors(trainer)
+    with pytest.raises(
+        UserError, match=r"the loss became \d.* the norm of its gradient (inf|nan) at step 1 of epoch 1"
+    ):
+        trainer.fit(progress=False)
+    assert moved(before, tensors(trainer)) == set()
+
+
+def test_a_huge_loss_is_no_error(tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"epochs": 1}))
+    trainer.model.decoder.linear.weight.data *= 1e5
+    (record,) = trainer.fit(progress=True)
+    assert record["train_loss"] > 709
+    assert record["train_perplexity"] == math.exp(700)
+
+
+# ---- Validation, best and last -----------------------------------------------------------------------------------
+
+
+def scripted(trainer: Trainer, ciders: list[float], val_losses: list[float]) -> Trainer:
+    """Replaces validation by figures given beforehand."""
+
+    def validate(_: bool) -> dict:
+        scores = {"CIDEr": ciders[trainer.epoch], "Bleu_4": 0.0, "Bleu_1": 0.0, "ROUGE_L": 0.0}
+        return {"val_loss": val_losses[trainer.epoch], "val_perplexity": 1.0, "scores": scores}
+
+    trainer._validate = validate
+    return trainer
+
+
+@pytest.mark.parametrize(("best_by", "best"), [("CIDEr", 2), ("loss", 3), ("Bleu_1", 1)])
+def test_best_and_last(best_by, best, tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"epochs": 4}), best_by=best_by)
+    weights = []
+    scripted(trainer, [0.1, 0.3, 0.2, 0.3], [3.0, 2.0, 1.0, 1.5]).fit(lambda _: weights.append(tensors(trainer)), False)
+    assert trainer.best_epoch == best
+    for name, epoch in (("best", best), ("last", 4)):
+        meta = read_header(tmp_path / f"{name}.safetensors")["meta"]
+        assert meta["epoch"] == meta["validation"]["epoch"] == epoch
+        saved = load_checkpoint(tmp_path / f"{name}.safetensors")
+        torch.testing.assert_close(saved.model.state_dict(), weights[epoch - 1], rtol=0, atol=0, check_device=False)
+        assert saved.transform == PLAIN.transform().evaluation()
+        assert saved.meta["recipe"] == trainer.recipe.to_dict()
+    expected = {"CIDEr": [True, True, False, False], "loss": [True, True, True, False]}.get(
+        best_by, [True] + 3 * [False]
+    )
+    assert [record["best"] for record in trainer.history] == expected
+
+
+def test_patience(tmp_path, no_curve):
+    recipe = PLAIN.with_settings({"epochs": 6})
+    ciders, val_losses = [0.2, 0.3, 0.1, 0.3, 0.4, 0.5], 6 * [1.0]
+    patient = scripted(trainer_in(tmp_path / "patient", recipe, patience=2), ciders, val_losses)
+    assert len(patient.fit(progress=False)) == 4
+    again = scripted(resumed(tmp_path / "patient"), ciders, val_losses)
+    assert (again.best, again.best_epoch) == (0.3, 2)
+    assert len(again.fit(progress=False)) == 4, "resuming forgot that patience had run out"
+    endless = scripted(trainer_in(tmp_path / "endless", recipe, patience=0), ciders, val_losses)
+    assert len(endless.fit(progress=False)) == 6
+
+
+def test_the_scores_are_those_of_the_saved_models_captions(tmp_path, no_curve):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"lr": 5e-3}))
+    record = trainer.fit(progress=False)[-1]
+    saved, data = load_checkpoint(tmp_path / "last.safetensors"), drawn(5, "val")
+    rules = Rules.of(saved.vocab, length_penalty=PLAIN.length_penalty, max_len=PLAIN.max_len)
+    captions, nll, words = {}, 0.0, 0
+    with torch.no_grad():
+        for i, name in enumerate(data.image_ids):
+            features = saved.model.encoder(saved.transform(data.image(i)).unsqueeze(0))
+            captions[name] = saved.vocab.decode(greedy(saved.model.decoder, features, rules)[0].ids)
+            for text in data.captions[i]:
+                ids = torch.tensor([saved.vocab.encode(text)])
+                logits = saved.model.decoder(features, ids)[:, 1 - ids.shape[1] :]
+                nll += F.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+                words += ids.shape[1] - 1
+    scores = metrics.score(dict(zip(data.image_ids, data.captions, strict=True)), captions)
+    assert record["scores"]["Bleu_1"] > 0
+    for name, value in record["scores"].items():
+        assert value == pytest.approx(scores[name], abs=1e-6)
+    assert record["val_loss"] == pytest.approx(nll / words, rel=1e-5)
+    assert record["val_perplexity"] == pytest.approx(math.exp(nll / words), rel=1e-4)
+
+
+def test_subset_and_validation_images(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"threshold": 1}), subset=6, val_images=3, seed=4)
+    expected = drawn().subset(6, 4)
+    assert trainer.train_set.image_ids == expected.image_ids
+    assert len(trainer.train_set) == 6
+    assert trainer.vocab.words(range(3, len(trainer.vocab))) == list(
+        dict.fromkeys(word for text in expected.all_captions() for word in trainer.vocab.tokenize(text))
+    )
+    assert len(trainer.scored.dataset) == 3
+    assert len(trainer.val_loader.dataset.captions) == 5
+    assert len(trainer_in(tmp_path, val_images=0).scored.dataset) == 5
+
+
+def test_the_seed_decides_everything(straight, tmp_path, no_curve):
+    torch.manual_seed(5)
+    trainer_in(tmp_path / "same").fit(progress=False)
+    assert log_of(tmp_path / "same") == log_of(straight(SMALL))
+    trainer_in(tmp_path / "other", seed=1).fit(progress=False)
+    assert losses(tmp_path / "other")[0] != losses(straight(SMALL))[0]
+
+
+def test_a_dry_run_writes_nothing_and_says_what_would_be(tmp_path):
+    data, run = (drawn(), drawn(5, "val")), Run(out=str(tmp_path / "run"), features=str(tmp_path / "f"), weights=None)
+    text = Trainer(RESNET, run, *data, dry=True).describe()
+    assert "20 images with 40 captions to train on, 5 images to validate" in text
+    assert "resnet18 + show-tell" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- What a run folder holds -------------------------------------------------------------------------------------
+
+
+def test_the_folder_and_its_logs(tmp_path):
+    recipe = SMALL.with_settings({"group": "length"})
+    trainer = trainer_in(tmp_path, recipe, print_every=4)
+    signal_at(trainer, signal.SIGINT, 6)
+    with pytest.raises(Stopped):
+        trainer.fit(progress=False)
+    assert len((tmp_path / "training_log.txt").read_text().splitlines()) == 1  # step 4
+    resumed(tmp_path).fit(progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "best.safetensors", "last.safetensors", "resume.pt", "training_log.txt", "training_log.jsonl", "curve.png",
+        "run.json", "lock",
+    }  # fmt: skip
+
+    n = len(trainer.loader)
+    shown = [*range(4, n, 4), n]
+    lines = (tmp_path / "training_log.txt").read_text().splitlines()
+    pattern = re.compile(r"Epoch \[(\d+)/(\d+)\], Step \[(\d+)/(\d+)\], Loss: (\d+\.\d{4}), Perplexity: (\d+\.\d{4})")
+    steps = [pattern.fullmatch(line) for line in lines if "Step" in line]
+    assert [tuple(map(int, step.groups()[:4])) for step in steps] == [(e, 2, s, n) for e in (1, 2) for s in shown]
+    for step in steps:
+        assert math.exp(float(step[5])) == pytest.approx(float(step[6]), rel=1e-3)
+    epochs = [line for line in lines if "Step" not in line]
+    assert [line[:11] for line in epochs] == ["Epoch [1/2]", "Epoch [2/2]"]
+    assert "best so far" in epochs[0]
+    assert "GPU" not in epochs[0]
+
+    records = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "step" in r] == 2 * shown
+    assert [f"{r['loss']:.4f}" for r in records if "step" in r] == [step[5] for step in steps]
+    assert [r for r in records if "step" not in r] == load_resume(tmp_path / "resume.pt")["history"]
+
+    with Image.open(tmp_path / "curve.png") as curve:
+        assert curve.format == "PNG"
+        assert curve.width > curve.height > 100
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert Recipe(**run["recipe"]) == recipe
+    assert Run(**run["run"]).out == str(tmp_path)
+
+
+def test_progress_shows_loss_perplexity_and_speed(tmp_path, capsys, no_curve):
+    trainer_in(tmp_path, PLAIN.with_settings({"epochs": 1})).fit()
+    bar = capsys.readouterr().err
+    assert "epoch 1/1: 100%" in bar
+    assert re.search(r"loss \d\.\d{3}, perplexity \d+\.\d\d, \d+ captions/s", bar)
+
+
+def test_tensorboard(tmp_path, no_curve):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_in(tmp_path, PLAIN, tensorboard=True)
+    history = trainer.fit(progress=False)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.value for event in events.Scalars("train/loss")][: len(trainer.loader)] == pytest.approx(
+        losses(tmp_path)[: len(trainer.loader)]
+    )
+    assert {event.step for event in events.Scalars("train/loss")} >= set(range(1, 2 * len(trainer.loader) + 1))
+    assert [e.value for e in events.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in history])
+    assert [e.value for e in events.Scalars("val/CIDEr")] == pytest.approx([r["scores"]["CIDEr"] for r in history])
+
+
+def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match=r'--tensorboard needs tensorboard; type pip install "showtell\[tensorboard\]"'):
+        trainer_in(tmp_path, tensorboard=True).fit(progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+# ---- Learning ----------------------------------------------------------------------------------------------------
+
+
+PAIRS = """a red circle
+two small blue squares
+a large green star above a yellow cross
+there is a purple triangle
+three orange circles next to a blue star
+a small yellow square
+a picture of two green crosses
+one large red triangle and one small red star""".split("\n")
+
+
+class Blocks(CaptionSet):
+    """Eight pictures of coloured blocks, each with its caption, over and over."""
+
+    def __init__(self, times: int) -> None:
+        colors = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        self.pictures = colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        super().__init__("blocks", "train", list(range(8 * times)), times * [[text] for text in PAIRS], [])
+
+    def image(self, i: int) -> torch.Tensor:
+        return self.pictures[i % 8]
+
+    def path(self, i: int) -> None:
+        """None: they are in memory."""
+
+    def subset(self, n: int, seed: int = 0) -> Blocks:
+        return self
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_it_overfits_eight_pairs(decoder, tmp_path, no_files):
+    attends = DECODERS[decoder].grid
+    recipe = RESNET.with_settings(
+        {"decoder": decoder, "embed_size": 64, "hidden_size": 64, "attention_size": 64, "batch_norm": not attends}
+        | {"batch_size": 8, "lr": 1e-2, "warmup": 10, "clip": 5, "max_len": 20}
+    )
+    steps = 100 if attends else 200  # in one epoch, so that there is one validation
+    trainer = trainer_in(tmp_path / "run", recipe, Blocks(steps), Blocks(1), features=str(tmp_path / "features"))
+    (record,) = trainer.fit(progress=False)
+    assert len(trainer.loader) == steps
+    assert record["val_loss"] < 0.1
+    assert record["scores"]["Bleu_4"] == pytest.approx(1)
+
+
+def test_the_first_losses_are_golden(tmp_path, no_curve):
+    """The first thirty losses of a fixed run: a change that should not alter training leaves them as they are.
+
+    After one that should: `SHOWTELL_GOLDEN=write python -m pytest tests/test_train.py -k golden`, and say why in the
+    commit.
+    """
+    recipe = SMALL.with_settings({"group": "length", "lr": 5e-3, "epochs": 3, "dropout": 0.1})
+    trainer_in(tmp_path, recipe).fit(progress=False)
+    found = losses(tmp_path)[:30]
+    assert len(found) == 30
+    if os.environ.get("SHOWTELL_GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps([round(loss, 6) for loss in found], indent=0) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-3)
+    assert sum(found[-5:]) < sum(found[:5])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path, no_curve):
+    recipe = SMALL.with_settings({"decoder": "attend", "attention_cost": 1.0})
+    trainer = trainer_in(tmp_path / "run", recipe, device="cuda")
+    signal_at(trainer, signal.SIGTERM, 3)
+    with pytest.raises(Stopped):
+        trainer.fit(progress=False)
+    resumed(tmp_path / "run").fit(progress=False)
+    trainer_in(tmp_path / "straight", recipe, device="cuda").fit(progress=False)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "straight"), rel=1e-3)
+    assert re.search(r"GPU memory \d+ MB", (tmp_path / "run" / "training_log.txt").read_text())
+    load_checkpoint(tmp_path / "run" / "best.safetensors")
