@@ -169,12 +169,12 @@ class TinyNet(nn.Module):
             convolution = nn.Conv2d(d_in, d_out, kernel, stride, kernel % 2, bias=False)
             return [convolution, nn.GroupNorm(8, d_out), nn.ReLU()]
 
-        self.patches = nn.Sequential(*block(5, 64, 4, 4))
-        self.stages = nn.Sequential(*block(64, 64, 3, 1), *block(64, 128, 3, 2), *block(128, 128, 3, 1))
+        self.patches = nn.Sequential(*block(5, 48, 4, 4))
+        self.stages = nn.Sequential(*block(48, 48, 3, 1), *block(48, 96, 3, 2), *block(96, 96, 3, 1))
         self.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` -> `(B, 128, S/8, S/8)`."""
+        """`(B, 3, S, S)` -> `(B, 96, S/8, S/8)`."""
         b, _, height, width = images.shape
         rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype).view(1, 1, -1, 1)
         columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype).view(1, 1, 1, -1)

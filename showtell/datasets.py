@@ -89,7 +89,12 @@ class CaptionSet:
 
 
 class SyntheticSet(CaptionSet):
-    """Scenes of `showtell.synthetic`, drawn when asked for; image `i` is `scene(i, seed, split)`."""
+    """Scenes of `showtell.synthetic`, drawn when first asked for; image `i` is `scene(i, seed, split)`.
+
+    Drawings are kept while they fit into `KEEP_BYTES`: a third of a small training step would be drawing.
+    """
+
+    KEEP_BYTES = 2**28
 
     def __init__(
         self, split: str, indices: Iterable[int], size: int, seed: int, captions: list[list[str]] | None = None
@@ -99,6 +104,10 @@ class SyntheticSet(CaptionSet):
         self.indices, self.size, self.seed = list(indices), size, seed
         captions = captions or [describe(scene(i, seed, split), seed=seed) for i in self.indices]
         super().__init__("synthetic", split, [f"{split}-{seed}-{i}" for i in self.indices], captions, [])
+        self._drawn: dict[int, torch.Tensor] = {}
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_drawn": {}}  # a loader worker draws for itself
 
     def scene(self, i: int):
         """The `Scene` of image `i`, with which `showtell.synthetic.check` judges sentences."""
@@ -110,7 +119,12 @@ class SyntheticSet(CaptionSet):
         """Draws image `i`: (3, size, size) uint8."""
         from showtell.synthetic import draw
 
-        return torch.from_numpy(draw(self.scene(i), self.size)).permute(2, 0, 1).contiguous()
+        if i not in self._drawn:
+            drawn = torch.from_numpy(draw(self.scene(i), self.size)).permute(2, 0, 1).contiguous()
+            if (len(self._drawn) + 1) * drawn.nbytes > self.KEEP_BYTES:
+                return drawn
+            self._drawn[i] = drawn
+        return self._drawn[i].clone()
 
     def path(self, i: int) -> None:
         """None: the pictures are drawn, not read."""

@@ -41,7 +41,7 @@ _UNSEEN = tuple(sorted(HELD_OUT))
 def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     """Makes scene number `index` of a split: the same arguments always give the same scene.
 
-    Scenes hold one or two groups, at most one of them of two or three equal things. Nothing overlaps or touches the
+    Scenes hold one or two groups, at most one of them of two equal things. Nothing overlaps or touches the
     border, and between two groups at least one relation is clear. `train`, `val` and `test` never show a (color,
     shape) pair of `HELD_OUT`; every scene of `unseen` shows one.
 
@@ -53,7 +53,7 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     rng = Random(f"{seed}/{split}/{index}")
     pairs = [pick(rng, _UNSEEN if split == "unseen" else _SEEN)]
     if rng.random() < 0.4:
-        counts: tuple[int, ...] = pick(rng, ((1,), (1,), (1,), (2,), (3,)))
+        counts: tuple[int, ...] = pick(rng, ((1,), (1,), (1,), (2,)))
     else:
         counts = pick(rng, ((1, 1), (1, 1), (1, 1), (1, 1), (1, 2), (2, 1)))
         pairs.append(pick(rng, tuple(pair for pair in _SEEN if pair != pairs[0])))

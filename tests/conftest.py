@@ -23,7 +23,7 @@ OFFLINE = Path(__file__).resolve().parent / "offline"
 os.environ["SHOWTELL_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve each other
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin while they wait starve each other
 os.environ.setdefault("MPLBACKEND", "Agg")
 for library in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(library, "1")
