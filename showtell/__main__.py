@@ -1,0 +1,411 @@
+"""The command line: `showtell demo | train | evaluate | score | caption | export | import-legacy`, each with `--help`.
+
+A user's mistake ends in one sentence on standard error and exit code 2; a stopped run in 130; never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from showtell import __version__
+from showtell.errors import UserError
+from showtell.files import write_text
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    # Before torch is loaded: its threads spin a little and then sleep while they wait. With the default, a busy
+    # machine loses nine tenths of its time to spinning (60 small steps: 50 s of CPU against 5).
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
+            args = _parser().parse_args(argv)
+            return args.command(args)
+    except UserError as error:
+        _say(f"showtell: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _say("showtell: stopped")
+        return 130
+    except BrokenPipeError:  # `showtell … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it shuts down
+        return 141
+    except OSError as error:  # a full disk, a folder without permission
+        what = error.filename or "to read or write"
+        _say(f"showtell: the system refuses {what} ({error.strerror or error}); mend that or name another place")
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says a mistake in one sentence, as everything else does, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; type {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="showtell", description="Learns to caption pictures, and captions yours.")
+    parser.add_argument("--version", action="version", version=f"showtell {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.set_defaults(command=run)
+        return command
+
+    demo = add("demo", _demo, "learn to caption drawn shapes in three minutes, and write a page about it")
+    demo.add_argument("--out", default="runs/demo", help="where to write (default runs/demo)")
+    _add_common(demo)
+
+    train = add("train", _train, "train a captioner; Ctrl-C saves it, --resume goes on")
+    _add_data(train, None)
+    train.add_argument("--out", required=True, help="the run folder")
+    train.add_argument("--recipe", help="a complete setting by name: " + ", ".join(_recipe_names()))
+    train.add_argument("--decoder", help="show-tell, every-step, attend or transformer")
+    train.add_argument("--encoder", help="a backbone: resnet50, tiny, any of torchvision, timm/NAME")
+    train.add_argument("--encoder-weights", metavar="FILE", help="the backbone's weights (default: ImageNet's)")
+    train.add_argument("--epochs", type=int)
+    train.add_argument("--batch-size", type=int)
+    train.add_argument("--lr", type=float)
+    train.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
+        help="any other setting of the recipe",
+    )  # fmt: skip
+    # None where a flag is not given: `Run` has the defaults, and --resume those of the run.
+    train.add_argument("--subset", type=int, help="train on so many images only, to tune settings")
+    train.add_argument("--val-images", type=int, help="images scored each epoch (default 1000, 0 is all)")
+    train.add_argument("--best-by", help="CIDEr, Bleu_4, Bleu_1, ROUGE_L or loss (default CIDEr)")
+    train.add_argument("--patience", type=int, help="stop after so many epochs without a better one")
+    features = train.add_mutually_exclusive_group()
+    features.add_argument("--features", help="the feature cache (default runs/features)")
+    features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from pictures")
+    train.add_argument("--workers", type=int, help="loader processes")
+    train.add_argument("--tensorboard", action="store_const", const=True, help="write TensorBoard's event files too")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    train.add_argument("--dry-run", action="store_true", help="say what would be trained on what, and stop")
+    _add_common(train, None)
+
+    evaluate = add("evaluate", _evaluate, "caption a split with a model and score it")
+    _add_model(evaluate)
+    _add_data(evaluate)
+    evaluate.add_argument("--split", default="val", help="default val; run test once, for a release")
+    evaluate.add_argument("--out", help="folder for captions.json (default: beside the model)")
+    evaluate.add_argument("--html", metavar="FILE", help="write a report to look at")
+    evaluate.add_argument("--limit", type=int, default=0, help="so many images only")
+    evaluate.add_argument("--spice", action="store_true", help="compute SPICE too (Java; fetches a large file once)")
+    _add_decoding(evaluate)
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1")
+    _add_common(evaluate)
+
+    from showtell import scoring
+
+    score = add("score", _score, "score any captions against references, without a model")
+    scoring.add_arguments(score)
+    score.add_argument("--html", metavar="FILE", help="write a report on one system to look at")
+    score.add_argument("--images", metavar="DIR", help="the pictures, for the report")
+
+    caption = add("caption", _caption, "caption pictures and folders of pictures")
+    caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
+    _add_model(caption)
+    _add_decoding(caption)
+    caption.add_argument("--n-best", type=int, default=1, help="captions a picture (default 1)")
+    output = caption.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON document")
+    output.add_argument("--csv", metavar="FILE", help="write image, caption, score")
+    output.add_argument("--html", metavar="FILE", help="write a page with the pictures")
+    _add_common(caption)
+
+    export = add("export", _export, "write a Show and Tell model as the ancestors' encoder-N.pkl and decoder-N.pkl")
+    _add_model(export)
+    export.add_argument("--format", choices=["legacy"], required=True)
+    export.add_argument("--out", required=True, metavar="DIR")
+
+    legacy = add("import-legacy", _import_legacy, "turn an ancestor's weights and vocabulary into a checkpoint")
+    legacy.add_argument("encoder", metavar="ENCODER.pkl")
+    legacy.add_argument("decoder", metavar="DECODER.pkl")
+    legacy.add_argument("vocab", metavar="vocab.pkl")
+    legacy.add_argument("--out", required=True, metavar="M", help="the checkpoint to write, NAME.safetensors")
+    legacy.add_argument("--squash", action="store_true", help="the model was trained on pictures squashed to 224 x 224")
+    return parser
+
+
+def _recipe_names() -> list[str]:
+    return ["classic", "coco-show-tell", "demo", "flickr8k-attend", "flickr8k-every-step", "flickr8k-show-tell"]
+
+
+def _add_common(parser: argparse.ArgumentParser, seed: int | None = 0) -> None:
+    parser.add_argument("--seed", type=_seed, default=seed, help="of everything random (default 0)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed, a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:
+    parser.add_argument("--dataset", default=dataset, help="coco, karpathy, flickr8k, folder or synthetic (default)")
+    parser.add_argument("--data-dir", metavar="DIR", help="its folder, such as data/flickr8k")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="M", help="a checkpoint, a run folder or a released model's name")
+
+
+def _add_decoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--beam-size", type=int, default=5, help="1 is greedy (default 5)")
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise UserError(f"--device {device} cannot be used here ({reason}); give cpu, or leave it out") from None
+    return device
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------- the commands
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from showtell.demo import run
+    from showtell.train import Stopped
+
+    try:
+        run(args.out, args.seed, _device(args))
+    except Stopped:
+        _say(f"showtell: stopped; to begin the demo again, type: showtell demo --out {shlex.quote(args.out)}")
+        return 130
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from showtell.recipes import Recipe, recipe_named
+    from showtell.train import Run, Stopped, Trainer
+
+    settings = _settings(args)
+    begun = ("dataset", "seed", "subset", "val_images", "best_by")
+    free = ("data_dir", "patience", "tensorboard", "features")  # may change while a run goes on
+    given = {name: value for name in (*begun, *free) if (value := getattr(args, name)) is not None}
+    if args.workers is not None:
+        given["num_workers"] = args.workers
+    if args.encoder_weights:
+        given["weights"] = args.encoder_weights
+    if args.resume:
+        _refuse_changes(args, settings, {name: given.pop(name) for name in (*begun, "weights") if name in given})
+        if args.dry_run:
+            given["features"] = ""
+        trainer = Trainer.resume(args.out, device=_device(args), **given)
+    else:
+        recipe = recipe_named(args.recipe) if args.recipe else Recipe()
+        if args.dry_run:
+            given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
+        run = Run(out=args.out, device=_device(args), **given)
+        trainer = Trainer(recipe.with_settings(settings), run, dry=args.dry_run)
+    for captions in (trainer.train_set, trainer.val_set):
+        _say_missing(captions.missing, captions.split)
+    _say(trainer.describe())
+    if args.dry_run:
+        return 0
+    try:
+        trainer.fit()
+    except Stopped as stopped:
+        _say(f"showtell: {stopped}")
+        return 130
+    best = trainer.history[trainer.best_epoch - 1]
+    _say(
+        f"the best epoch was {trainer.best_epoch}, validation perplexity {best['val_perplexity']:.2f}, "
+        f"CIDEr-D {100 * best['scores']['CIDEr']:.1f}; caption with: "
+        f"showtell caption photo.jpg --model {shlex.quote(str(Path(args.out) / 'best.safetensors'))}"
+    )
+    return 0
+
+
+def _say_missing(files: list[str], split: str) -> None:
+    if files:
+        listed = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
+        _say(f"note: {len(files)} pictures of {split} are not there and are left out: {listed}")
+
+
+def _settings(args: argparse.Namespace) -> dict[str, object]:
+    """The recipe's settings that are typed, each once."""
+    settings: dict[str, object] = {}
+    for pair in args.settings:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set {pair} gives no value; write --set {pair}=VALUE")
+        if settings.setdefault(name, value) != value:
+            raise UserError(f"--set {name}={settings[name]} and --set {name}={value} contradict each other; give one")
+    for name in ("decoder", "encoder", "epochs", "batch_size", "lr"):
+        if (value := getattr(args, name)) is not None:
+            if name in settings:
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} {value} and --set {name}={settings[name]} both say {name}; give one")
+            settings[name] = value
+    return settings
+
+
+def _refuse_changes(args: argparse.Namespace, settings: dict[str, object], run: dict[str, object]) -> None:
+    """With --resume the flags a run was begun with may be typed again, but not others."""
+    from showtell.recipes import Recipe, recipe_named
+    from showtell.tables import read_json
+
+    path = Path(args.out) / "run.json"
+    if not path.is_file():
+        return  # nor is there a run, which `Trainer.resume` says
+    begun = read_json(path)
+    recipe = Recipe(**begun["recipe"])  # with the defaults of what an earlier version did not know
+    old = recipe.to_dict() | begun["run"]
+    new = (recipe_named(args.recipe) if args.recipe else recipe).with_settings(settings).to_dict() | run
+    if changed := [f"{name} from {old.get(name)} to {value}" for name, value in new.items() if value != old.get(name)]:
+        raise UserError(
+            f"--resume goes on with the settings in {args.out}, and these flags would change {', '.join(changed)}; "
+            "leave them out, or begin a new run with another --out"
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from showtell.evaluate import evaluate
+
+    _refuse_folders(args.html)
+    result = evaluate(
+        args.model, args.dataset, args.data_dir, args.split, args.beam_size, device=_device(args), limit=args.limit,
+        out=args.out, html=args.html, spice=args.spice, seed=args.seed,
+    )  # fmt: skip
+    print(json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else result.table())
+    return 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from showtell import scoring
+    from showtell.results import picture_finder, write_results
+
+    if args.html and len(args.candidates) > 1:
+        raise UserError(f"--html shows one system and {len(args.candidates)} were given; name one file of candidates")
+    if args.images and not args.html:
+        raise UserError("--images is for the report; add --html FILE")
+    picture = picture_finder(args.images, args.references) if args.images else lambda _: None
+    results = scoring.run(args)
+    if args.html:
+        about = f"{results[0].name} against {args.references}"
+        write_results(args.html, results[0], scoring.read_captions(args.references), picture, about)
+        _say(f"the report: {args.html}")
+    return 0
+
+
+def _caption(args: argparse.Namespace) -> int:
+    from showtell.captioner import find_pictures, load
+    from showtell.transforms import frames
+
+    if args.beam_size < 1 or args.n_best < 1:
+        raise UserError(f"--beam-size {args.beam_size} --n-best {args.n_best}: give whole numbers from 1 up")
+    _refuse_folders(args.csv, args.html)
+    paths = find_pictures(args.sources)
+    captioner = load(args.model, _device(args))
+    results = captioner.caption_files(paths, beam_size=args.beam_size, n_best=args.n_best)
+    if len(paths) > 32:
+        from tqdm import tqdm
+
+        results = tqdm(results, total=len(paths), desc="captions", unit=" images")
+    done, broken = [], []
+    plain = not (args.json or args.csv or args.html)
+    for path, result in results:
+        if isinstance(result, UserError):
+            broken.append((path, result))
+            continue
+        done.append((path, result))
+        if path.suffix.lower() in (".gif", ".webp", ".tif", ".tiff") and (n := frames(path)) > 1:
+            _say(f"note: {path} has {n} frames; its first is captioned")
+        if plain:
+            for caption in result:
+                print(f"{path}: {caption.text}" if len(paths) > 1 else caption.text, flush=True)
+    if args.json:
+        rows = [{"image": str(path), "captions": [c.to_dict() for c in captions]} for path, captions in done]
+        rows += [{"image": str(path), "captions": [], "error": str(error)} for path, error in broken]
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif args.csv:
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["image", "caption", "score"])
+        writer.writerows([path, c.text, round(c.score, 4)] for path, captions in done for c in captions)
+        write_text(args.csv, table.getvalue())
+        _say(f"{len(done)} pictures captioned in {args.csv}")
+    elif args.html:
+        _write_gallery(args.html, done)
+        _say(f"{len(done)} pictures captioned in {args.html}")
+    for _, error in broken:
+        _say(f"showtell: {error}")
+    if broken and len(paths) > 1:
+        _say(f"showtell: {len(broken)} of {len(paths)} pictures could not be read")
+    return 1 if broken else 0
+
+
+def _refuse_folders(*files: str | None) -> None:
+    """Before the work rather than after it: an output file whose name is a folder's."""
+    for file in files:
+        if file and Path(file).is_dir():
+            raise UserError(f"{file} is a folder; name the file to write, such as {Path(file) / 'captions'}")
+
+
+def _write_gallery(path: str, done: list) -> None:
+    from showtell.report import Card, Gallery, Tile, write_page
+
+    cards = [
+        Card(
+            image, image.name, captions[0].text, words=captions[0].words, word_probs=captions[0].word_probs,
+            score=captions[0].score, alternatives=[c.text for c in captions[1:]],
+        )
+        for image, captions in done
+    ]  # fmt: skip
+    tiles = [Tile("pictures", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
+    write_page(path, "Captions", f"{len(done)} pictures", tiles, [Gallery("Pictures", cards)])
+
+
+def _export(args: argparse.Namespace) -> int:
+    from showtell.captioner import find_model
+    from showtell.checkpoint import load_checkpoint
+    from showtell.legacy import export_legacy
+
+    for path in export_legacy(load_checkpoint(find_model(args.model)), args.out):
+        print(path)
+    return 0
+
+
+def _import_legacy(args: argparse.Namespace) -> int:
+    from showtell.checkpoint import save_checkpoint
+    from showtell.legacy import import_legacy
+    from showtell.transforms import IMAGENET, SQUASHED
+
+    found = import_legacy(args.encoder, args.decoder, args.vocab, SQUASHED if args.squash else IMAGENET)
+    save_checkpoint(args.out, found.model, found.vocab, found.transform, found.meta)
+    config = found.model.config
+    print(
+        f"{args.out}: {config['encoder']['backbone']}, {len(found.vocab)} words, "
+        f"embed {config['decoder']['embed_size']}, hidden {config['decoder']['hidden_size']}, "
+        f"{config['decoder']['num_layers']} LSTM layer(s)"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

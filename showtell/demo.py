@@ -1,0 +1,168 @@
+"""The embedded default: a captioner that learns in three minutes, from scratch, what drawn shapes are called.
+
+    showtell demo
+
+Trains on scenes drawn as it goes, captions 200 pictures of combinations it has seen and 200 with a (colour, shape)
+combination it never saw, has every caption checked against the scene, and writes a page with all of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from showtell import datasets, synthetic
+from showtell.captioner import Caption, Captioner
+from showtell.datasets import SyntheticSet
+from showtell.errors import UserError
+from showtell.files import lock, write_json
+from showtell.recipes import recipe_named
+from showtell.report import Card, Curve, Gallery, Tile, write_figure, write_page
+from showtell.train import Run, Trainer
+
+N_TRAIN, N_VAL, N_TEST = 12_000, 60, 200
+
+
+def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int = N_TRAIN, epochs: int = 0) -> dict:
+    """Learns, captions, judges, writes `index.html` and `demo.png`, and prints where they are.
+
+    Args:
+        out: the folder; an earlier demo in it is replaced.
+        seed: of the scenes and of training.
+        device: where to compute.
+        n_train: how many scenes to learn from.
+        epochs: how often each is seen; 0 for the recipe's number.
+
+    Returns:
+        the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; they
+        are in `demo.json` too.
+
+    Raises:
+        UserError: the folder holds a run that is no demo, or is in use.
+    """
+    started = time.monotonic()
+    folder = Path(out)
+    _make_way(folder)
+    recipe = recipe_named("demo").with_settings({"epochs": epochs} if epochs else {})
+    print(
+        f"learning from {n_train:,} drawn scenes of coloured shapes ({len(synthetic.HELD_OUT)} combinations held out) …"
+    )
+    trainer = Trainer(
+        recipe,
+        Run(out=out, seed=seed, device=device, save_minutes=60),
+        datasets.load("synthetic", split="train", n=n_train, seed=seed),
+        datasets.load("synthetic", split="val", n=N_VAL, seed=seed),
+    )
+    history = trainer.fit()
+    captioner = Captioner(trainer.checkpoint(), device)
+    seen = judge(captioner, datasets.load("synthetic", split="test", n=N_TEST, seed=seed))
+    unseen = judge(captioner, datasets.load("synthetic", split="unseen", n=N_TEST, seed=seed))
+    rates = {
+        "seen": _rate(seen),
+        "unseen": _rate(unseen),
+        "constant": best_constant(trainer.train_set, [scene for scene, *_ in seen]),
+    }
+
+    curve = Curve(
+        "Loss",
+        {
+            "training": [(r["epoch"], r["train_loss"]) for r in history],
+            "validation": [(r["epoch"], r["val_loss"]) for r in history],
+        },
+        "epoch",
+        "nats a word",
+    )
+    cards_seen = [_card(*row, f"seen {i}") for i, row in enumerate(seen)]
+    cards_unseen = [_card(*row, f"unseen {i}") for i, row in enumerate(unseen)]
+    page = write_page(
+        folder / "index.html",
+        "showtell demo",
+        f"A captioner trained from scratch on {n_train:,} drawn scenes in {_minutes(time.monotonic() - started)}. "
+        "A caption counts as right only if it names number, colour and shape of everything and all it says is true.",
+        [
+            Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} pictures never shown in training"),
+            Tile("right, unseen combinations", f"{rates['unseen']:.1%}", "a colour and shape never seen together"),
+            Tile("best constant caption", f"{rates['constant']:.1%}", "the same words for every picture"),
+            Tile("validation perplexity", f"{history[-1]['val_perplexity']:.2f}", "per word"),
+        ],
+        [
+            Gallery("Combinations seen in training", cards_seen),
+            Gallery("Combinations of colour and shape never seen together", cards_unseen),
+            curve,
+        ],
+    )
+    figure = write_figure(folder / "demo.png", _mixed(cards_seen, 8), curve, "showtell demo")
+    write_json(folder / "demo.json", rates)
+
+    for _, caption, verdict in seen[:5]:
+        print(
+            f"  {caption.text}{'' if verdict.true and verdict.complete else '   (wrong: ' + verdict.problems[0] + ')'}"
+        )
+    print(
+        f"right captions: {rates['seen']:.1%} of {len(seen)} pictures of seen combinations, {rates['unseen']:.1%} of "
+        f"{len(unseen)} of unseen ones; the best constant caption: {rates['constant']:.1%}"
+    )
+    print(f"the page: {page}\nthe picture: {figure}\n{_minutes(time.monotonic() - started)} in all")
+    return rates
+
+
+def _make_way(folder: Path) -> None:
+    """Marks the folder as a demo's, and takes away what an earlier demo would go on from; no other run is touched."""
+    mark = folder / "demo.json"
+    if (folder / "run.json").exists() and not mark.exists():
+        raise UserError(f"{folder} holds a run that is no demo; choose another --out, or remove the folder yourself")
+    with lock(folder, "is training in"):
+        write_json(mark, {})
+        for name in ("resume.pt", "best.safetensors", "last.safetensors", "training_log.txt", "training_log.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+
+
+Judged = tuple[synthetic.Scene, Caption, synthetic.Verdict]
+
+
+def judge(captioner: Captioner, scenes: SyntheticSet, beam_size: int = 3) -> list[Judged]:
+    """Captions every scene of a set and checks what was said against what is there."""
+    rows: list[Judged] = []
+    for start in range(0, len(scenes), 100):
+        chunk = range(start, min(start + 100, len(scenes)))
+        features = captioner.encode([scenes.image(i) for i in chunk])
+        for i, (caption,) in zip(chunk, captioner.decode(features, beam_size), strict=True):
+            rows.append((scenes.scene(i), caption, synthetic.check(caption.text, scenes.scene(i))))
+    return rows
+
+
+def best_constant(train_set: SyntheticSet, scenes: list[synthetic.Scene], candidates: int = 50) -> float:
+    """The rate of right captions of the best single sentence among the training set's commonest."""
+    common = [sentence for sentence, _ in Counter(train_set.all_captions()).most_common(candidates)]
+    verdicts = ([synthetic.check(sentence, scene) for scene in scenes] for sentence in common)
+    return max(sum(v.true and v.complete for v in row) / len(scenes) for row in verdicts)
+
+
+def _rate(rows: list[Judged]) -> float:
+    return sum(verdict.true and verdict.complete for *_, verdict in rows) / len(rows)
+
+
+def _card(scene: synthetic.Scene, caption: Caption, verdict: synthetic.Verdict, title: str) -> Card:
+    return Card(
+        synthetic.draw(scene, 160),
+        title,
+        caption.text,
+        synthetic.describe(scene),
+        caption.words,
+        caption.word_probs,
+        caption.score,
+        verdict.true and verdict.complete,
+        verdict.problems,
+    )
+
+
+def _mixed(cards: list[Card], n: int) -> list[Card]:
+    """The first cards, and among them one that is wrong if there is any."""
+    right, wrong = ([card for card in cards if card.ok is verdict] for verdict in (True, False))
+    chosen = right[: n - len(wrong[:1])]
+    return chosen + wrong[: n - len(chosen)]
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,111 @@
+"""The page of one system's scores: `showtell evaluate --html` and `showtell score --html`, actual against predicted."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from showtell.errors import MissingFileError
+from showtell.report import Bars, Card, Gallery, Histogram, Interval, Table, Tile, write_page
+from showtell.scoring import LABELS, Result
+from showtell.tables import read_json
+
+N_SHOWN = 30  # pictures among the best, and among the worst
+
+
+class Written(Protocol):
+    """What is known of a caption beside its text, as `showtell.captioner.Caption` has it."""
+
+    words: list[str]
+    word_probs: list[float]
+
+
+def write_results(
+    path: str | os.PathLike,
+    result: Result,
+    references: Mapping[str, Sequence[str]],
+    picture: Callable[[str], object],
+    about: str,
+    tiles: Sequence[Tile] = (),
+    written: Mapping[str, Written] | None = None,
+) -> Path:
+    """Writes one self-contained page: scores with intervals, best and worst pictures, health, lengths and words.
+
+    Args:
+        path: the file.
+        result: scores and captions of one system.
+        references: the true captions of each image.
+        picture: from an image id to anything `showtell.transforms.read_image` reads, or to None.
+        about: one line that says what was scored.
+        tiles: key numbers besides the scores.
+        written: words and their probabilities, where a model of ours wrote the captions.
+    """
+    scores = result.scores
+    cider = dict(zip(scores.ids, scores.per_image["CIDEr"].tolist(), strict=True))
+    rouge = dict(zip(scores.ids, scores.per_image["ROUGE_L"].tolist(), strict=True))
+    order = sorted(cider, key=cider.__getitem__, reverse=True)
+
+    def card(i: str) -> Card:
+        words, probs = (written[i].words, written[i].word_probs) if written else ((), ())
+        return Card(picture(i), i, result.captions[i], references[i], words, probs, cider[i])
+
+    rows = []
+    for name, label in LABELS.items():
+        if (value := scores.corpus[name]) is not None:
+            bounds = result.intervals.get(name)
+            rows.append([label, Interval(100 * value, *(100 * b for b in bounds)) if bounds else 100 * value])
+    health = [[name.replace("_", " "), value] for name, value in result.health.items() if value is not None]
+    lengths = {
+        "predicted": [len(text.split()) for text in result.captions.values()],
+        "true": [len(text.split()) for image in scores.ids for text in references[image]],
+    }
+    words = Counter(word for text in result.captions.values() for word in text.lower().split())
+    n = min(N_SHOWN, len(order) // 2 or 1)
+    sections = [
+        Table("Scores", ["metric", "x 100"], rows, f"95 % intervals over images; tokeniser {scores.tokenizer}"),
+        Table("Health", ["what", "value"], health, "Shares are from 0 to 1.", digits=3),
+        Gallery(f"The {n} best", [card(i) for i in order[:n]], "by CIDEr-D", "CIDEr-D"),
+        Gallery(f"The {n} worst", [card(i) for i in order[::-1][:n]], "by CIDEr-D", "CIDEr-D"),
+        Histogram("Caption lengths", lengths, "words", "share of captions"),
+        Bars("Most frequent words", dict(words)),
+        Table(
+            "Every image, worst first",
+            ["image", "CIDEr-D", "ROUGE-L", "predicted"],
+            [[i, cider[i], rouge[i], result.captions[i]] for i in order[::-1]],
+            digits=3,
+        ),
+    ]
+    tiles = [*tiles, Tile("images", len(order))]
+    tiles += [Tile(LABELS[name], f"{100 * scores.corpus[name]:.1f}") for name in ("Bleu_4", "CIDEr")]
+    return write_page(path, "Captions, actual and predicted", about, tiles, sections)
+
+
+def picture_finder(folder: str | os.PathLike, references: str | os.PathLike) -> Callable[[str], Path | None]:
+    """From image ids to files of a folder: by COCO's annotations, by name, or by the number in the name.
+
+    Args:
+        folder: the pictures, in any depth.
+        references: the file of references, whose `images` say which id is which file, where it is COCO's.
+
+    Raises:
+        MissingFileError: there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        raise MissingFileError(f"there is no folder {folder}; give the folder of the pictures with --images")
+    found: dict[str, Path] = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            number = re.search(r"(\d+)$", path.stem)
+            for key in (path.name, path.stem, *([str(int(number[1]))] if number else ())):
+                found.setdefault(key, path)
+    if Path(references).suffix == ".json":
+        content = read_json(Path(references))
+        listed = content.get("images") if isinstance(content, dict) else None
+        for image in listed if isinstance(listed, list) else ():
+            if isinstance(image, dict) and image.get("file_name") in found:
+                found[str(image.get("id"))] = found[image["file_name"]]
+    return found.get

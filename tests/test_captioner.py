@@ -1,0 +1,338 @@
+"""The captioner: how it is opened, and that it captions the same one by one, in batches and from files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import showtell
+from showtell import captioner as module
+from showtell import synthetic
+from showtell.captioner import Caption, find_model, find_pictures, load
+from showtell.checkpoint import load_checkpoint, save_checkpoint
+from showtell.decoding import Hypothesis, beam_search, greedy
+from showtell.errors import MissingFileError, UserError
+from showtell.model import DECODERS, CaptionModel
+from showtell.transforms import BrokenImageError, Transform, read_image
+from showtell.vocabulary import Vocabulary
+
+WORDS = "a the large small red green blue yellow black circle square star and is left right of above below".split()
+VOCAB = Vocabulary(["<start>", "<end>", "<unk>", *WORDS], 1, "words")
+SMALL = Transform(resize=(32, 32))
+MAX_LEN = 9
+
+
+def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -> Path:
+    """Saves an untrained captioner whose captions, though nonsense, differ from picture to picture and are sure."""
+    torch.manual_seed(seed)
+    arguments = {"name": decoder, "embed_size": 16, "hidden_size": 16, "vocab_size": len(VOCAB)}
+    if decoder == "transformer":
+        arguments |= {"num_heads": 2, "num_layers": 2}
+    model = CaptionModel({"encoder": {"embed_size": 16, "backbone": "tiny"}, "decoder": arguments}).eval()
+    with torch.no_grad():
+        images = torch.stack([SMALL(synthetic.draw(synthetic.scene(i), 32)) for i in range(8)])
+        head = next(part for part in model.encoder.embed.modules() if isinstance(part, torch.nn.Linear))
+        head.weight *= 1.5 / model.encoder(images).std(0).mean()
+        head.bias -= model.encoder(images).flatten(0, -2).mean(0)
+        for parameter in model.decoder.parameters():  # of our own, whatever a fresh decoder begins with
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+        model.decoder.linear.bias.zero_()[VOCAB.end_id] -= 0.4
+    meta = {"recipe": {"max_len": MAX_LEN, "length_penalty": 0.5}, "epoch": 1}
+    save_checkpoint(path, model, VOCAB, SMALL, meta)
+    return path
+
+
+def save_pictures(folder: Path, n: int, seed: int = 0, size: int = 32) -> list[Path]:
+    """Draws `n` scenes as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{i:05d}.png" for i in range(n)]
+    for i, path in enumerate(paths):
+        Image.fromarray(synthetic.draw(synthetic.scene(i, seed, "test"), size)).save(path)
+    return paths
+
+
+def assert_same(first: list[Caption], second: list[Caption]) -> None:
+    assert [caption.text for caption in first] == [caption.text for caption in second]
+    assert [caption.words for caption in first] == [caption.words for caption in second]
+    for one, other in zip(first, second, strict=True):
+        assert one.score == pytest.approx(other.score, abs=1e-3)
+        assert one.word_probs == pytest.approx(other.word_probs, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: lively_checkpoint(folder / f"{name}.safetensors", name) for name in DECODERS}
+
+
+@pytest.fixture(scope="module", params=list(DECODERS))
+def captioner(request, checkpoints):
+    return load(checkpoints[request.param], "cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> list[Path]:
+    return save_pictures(tmp_path_factory.mktemp("pictures"), 5)
+
+
+# ---- Opening -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_opened_by_path_run_folder_or_released_name(checkpoints, tmp_path, monkeypatch):
+    file = checkpoints["attend"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "best.safetensors").write_bytes(file.read_bytes())
+    monkeypatch.setattr(module, "MODELS", file.parent)
+    assert find_model(file) == file
+    assert find_model(str(run)) == run / "best.safetensors"
+    assert find_model("show-tell") == checkpoints["show-tell"]
+    assert load("show-tell", "cpu").model.config["decoder"]["name"] == "show-tell"
+    assert showtell.load(str(run), "cpu").model.config["decoder"]["name"] == "attend"
+
+
+def test_a_file_or_folder_goes_before_a_released_name(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
+    monkeypatch.chdir(tmp_path)
+    Path("attend").write_bytes(checkpoints["show-tell"].read_bytes())
+    assert load("attend", "cpu").model.config["decoder"]["name"] == "show-tell"
+
+
+def test_left_out_it_is_the_released_model(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MODELS", tmp_path)
+    for name in ("another", f"{module.RELEASED}-1", f"{module.RELEASED}-2", "zebra"):
+        (tmp_path / f"{name}.safetensors").write_bytes(checkpoints["attend"].read_bytes())
+    assert find_model() == tmp_path / f"{module.RELEASED}-2.safetensors"
+
+
+def test_with_no_released_model_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MODELS", tmp_path)
+    with pytest.raises(MissingFileError, match=r"no model is released .*--model .*showtell train --help"):
+        load()
+
+
+def test_a_model_that_is_not_there_lists_those_that_are(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
+    with pytest.raises(MissingFileError, match=r"no model nonesuch; .*attend, every-step, show-tell, transformer"):
+        find_model("nonesuch")
+    with pytest.raises(MissingFileError, match=r"holds no best\.safetensors; name a checkpoint or a finished run"):
+        find_model(tmp_path)
+
+
+def test_everything_comes_from_the_one_file(checkpoints):
+    captioner = load(checkpoints["show-tell"], "cpu")
+    assert (captioner.vocab, captioner.transform, captioner.meta["epoch"]) == (VOCAB, SMALL, 1)
+    assert not captioner.model.training
+    assert captioner.device.type == "cpu"
+    rules = captioner.rules()
+    assert (rules.max_len, rules.length_penalty) == (MAX_LEN, 0.5)  # those it was validated with
+    assert captioner.rules(max_len=3, allow_unk=True).max_len == 3
+
+
+@pytest.mark.parametrize("meta", [{}, {"recipe": None}])
+def test_a_checkpoint_that_knows_nothing_of_its_making_captions_too(meta, checkpoints, pictures, tmp_path):
+    known = load_checkpoint(checkpoints["attend"])
+    save_checkpoint(tmp_path / "m.safetensors", known.model, known.vocab, known.transform, meta)
+    captioner = load(tmp_path / "m.safetensors", "cpu")
+    assert captioner.rules().max_len == 25
+    assert len(captioner.caption(pictures[0])) == 1
+
+
+# ---- Captions ----------------------------------------------------------------------------------------------------
+
+
+def test_the_stand_in_says_different_things_of_different_pictures(captioner, pictures):
+    """Or the equivalences below would hold for any mix-up."""
+    captions = [captioner.caption(path)[0] for path in pictures]
+    assert len({caption.text for caption in captions}) >= 4
+    assert all(len(caption.words) <= MAX_LEN for caption in captions)
+
+
+def test_a_batch_equals_one_by_one(captioner, pictures):
+    one_by_one = [captioner.caption(path, n_best=2) for path in pictures]
+    together = captioner.decode(captioner.encode(pictures), n_best=2)
+    assert len(together) == len(pictures)
+    for first, second in zip(one_by_one, together, strict=True):
+        assert_same(first, second)
+
+
+def test_encode_once_and_decode_many_equals_caption(captioner, pictures):
+    features = captioner.encode(pictures[0])
+    before = features.clone()
+    for beam_size in (1, 4, 2):
+        assert_same(captioner.decode(features, beam_size)[0], captioner.caption(pictures[0], beam_size))
+    captioner.sample(features, n=3)
+    assert torch.equal(features, before)
+
+
+def test_any_kind_of_picture_gives_the_same_captions(captioner, pictures):
+    path = pictures[3]
+    image = Image.open(path).convert("RGB")
+    sources = [path, str(path), path.read_bytes(), image, np.asarray(image), read_image(path)]
+    expected = captioner.caption(path)
+    for source in sources:
+        assert_same(captioner.caption(source), expected)
+    assert captioner.encode(sources).shape[0] == len(sources)
+    assert captioner.encode(tuple(sources[:2])).shape[0] == 2
+
+
+def test_n_best_are_different_and_best_first(captioner, pictures):
+    captions = captioner.caption(pictures[1], beam_size=6, n_best=5)
+    assert len(captions) == 5
+    assert len({tuple(caption.words) for caption in captions}) == 5
+    scores = [caption.score for caption in captions]
+    assert scores == sorted(scores, reverse=True)
+    assert_same(captioner.caption(pictures[1], beam_size=6), captions[:1])
+    assert len(captioner.caption(pictures[1], beam_size=1, n_best=3)) == 3  # the beam widens to hold them
+
+
+def test_beam_one_is_greedy(captioner, pictures):
+    features = captioner.encode(pictures)
+    expected = greedy(captioner.model.decoder, features, captioner.rules())
+    captions = captioner.decode(features, beam_size=1)
+    assert [c.words for (c,) in captions] == [[VOCAB.idx2word[i] for i in h.ids] for h in expected]
+
+
+def test_the_score_is_that_of_the_words(captioner, pictures):
+    """Without a penalty it is the logarithm of the product of the probabilities, the end's included."""
+    features = captioner.encode(pictures[2])
+    caption = captioner.decode(features, length_penalty=0, min_len=3)[0][0]
+    (hypothesis,) = beam_search(captioner.model.decoder, features, captioner.rules(length_penalty=0, min_len=3))[0]
+    end = math.exp(hypothesis.log_probs[-1])
+    assert len(caption.word_probs) == len(caption.words) >= 3
+    assert math.exp(caption.score) == pytest.approx(math.prod(caption.word_probs) * end, rel=1e-4)
+    assert all(0 < p <= 1 for p in caption.word_probs)
+
+
+def test_rules_are_obeyed(captioner, pictures):
+    features = captioner.encode(pictures)
+    for (caption,) in captioner.decode(features, 3, min_len=4, max_len=5, no_repeat_ngram=1):
+        assert 4 <= len(caption.words) <= 5
+        assert len(set(caption.words)) == len(caption.words)
+        assert "<unk>" not in caption.words
+    with pytest.raises(UserError, match="min_len <= max_len"):
+        captioner.decode(features, min_len=4, max_len=2)
+
+
+def test_attention_maps_are_where_the_model_attends(captioner, pictures):
+    attends = captioner.model.config["decoder"]["name"] in ("attend", "transformer")
+    captions = captioner.caption(pictures[4], n_best=2, alphas=True)
+    assert captioner.caption(pictures[4])[0].alphas is None
+    for caption in captions:
+        if not attends:
+            assert caption.alphas is None
+            continue
+        assert caption.alphas.shape == (len(caption.words), 4, 4)
+        torch.testing.assert_close(caption.alphas.sum((1, 2)), torch.ones(len(caption.words)))
+        assert caption.alphas.min() >= 0
+
+
+def test_attention_looks_where_the_picture_is(checkpoints):
+    """Rows and columns are not swapped: features of one cell alone give an attention map with that cell apart."""
+    captioner = load(checkpoints["attend"], "cpu")
+    features = torch.zeros(1, 16, 16)
+    features[0, 1 * 4 + 3] = 5.0  # row 1, column 3
+    alphas = captioner.decode(features, alphas=True, min_len=2)[0][0].alphas[0]
+    apart = (alphas - alphas[0, 0]).abs() > 1e-6
+    assert apart.nonzero().tolist() == [[1, 3]]
+
+
+def test_samples_depend_on_the_seed_alone(captioner, pictures):
+    features = captioner.encode(pictures[:3])
+    first = captioner.sample(features, n=4, seed=1, temperature=2.0)
+    torch.rand(7)
+    again = captioner.sample(features, n=4, seed=1, temperature=2.0)
+    other = captioner.sample(features, n=4, seed=2, temperature=2.0)
+    assert [len(row) for row in first] == [4, 4, 4]
+    for row, same in zip(first, again, strict=True):
+        assert_same(row, same)
+    assert [c.words for row in first for c in row] != [c.words for row in other for c in row]
+
+
+def test_a_cold_or_narrow_sample_is_greedy(captioner, pictures):
+    features = captioner.encode(pictures[:3])
+    expected = [c.words for (c,) in captioner.decode(features, beam_size=1)]
+    for options in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
+        assert [c.words for (c,) in captioner.sample(features, **options)] == expected
+    short = captioner.sample(features, n=2, max_len=2, alphas=True)
+    assert all(len(caption.words) <= 2 for row in short for caption in row)
+    with pytest.raises(UserError, match="temperature > 0"):
+        captioner.sample(features, temperature=0)
+
+
+# ---- Files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 100])
+def test_files_come_back_in_order_whatever_the_batch(batch_size, captioner, pictures):
+    results = list(captioner.caption_files(pictures, batch_size, beam_size=3, n_best=2))
+    assert [path for path, _ in results] == pictures
+    for path, captions in results:
+        assert_same(captions, captioner.caption(path, beam_size=3, n_best=2))
+
+
+def test_a_file_that_cannot_be_read_takes_its_place_among_the_others(checkpoints, pictures, tmp_path):
+    captioner = load(checkpoints["show-tell"], "cpu")
+    text, absent = tmp_path / "note.jpg", tmp_path / "absent.png"
+    text.write_text("not a picture")
+    files = [text, *pictures[:3], absent, *pictures[3:5]]
+    results = dict(captioner.caption_files(map(str, files), batch_size=2))
+    assert list(results) == files
+    assert isinstance(results[text], BrokenImageError)
+    assert "holds text" in str(results[text])
+    assert isinstance(results[absent], MissingFileError)
+    for path in pictures[:5]:
+        assert_same(results[path], captioner.caption(path))
+    assert list(captioner.caption_files([])) == []
+    assert [type(result) for _, result in captioner.caption_files([text, text])] == [BrokenImageError] * 2
+
+
+def test_one_picture_that_cannot_be_read_is_an_error(checkpoints, tmp_path):
+    captioner = load(checkpoints["show-tell"], "cpu")
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(BrokenImageError, match=r"empty\.png .*0 bytes"):
+        captioner.caption(tmp_path / "empty.png")
+    with pytest.raises(MissingFileError, match=r"no picture .*absent\.png"):
+        captioner.caption(tmp_path / "absent.png")
+
+
+def test_pictures_are_found_by_name_through_all_folders(tmp_path):
+    inside = ["b.PNG", "a.jpg", "deep/er/c.webp", "deep/d.gif"]
+    for name in [*inside, "notes.txt", "deep/captions.csv"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "album.jpg").mkdir()  # a folder, whatever its name
+    assert find_pictures([tmp_path]) == sorted(tmp_path / name for name in inside)
+    given = [tmp_path / "notes.txt", tmp_path / "b.PNG"]
+    assert find_pictures(given) == given  # what is named is taken at its word
+    with pytest.raises(UserError, match=r"album\.jpg holds no pictures \(.*\.jpg.*\); name another"):
+        find_pictures([tmp_path / "album.jpg"])
+    with pytest.raises(MissingFileError, match=r"there is no .*absent; give pictures"):
+        find_pictures([tmp_path, tmp_path / "absent"])
+
+
+# ---- One caption -------------------------------------------------------------------------------------------------
+
+
+def test_a_caption_as_plain_values():
+    ids = [VOCAB(word) for word in "a red circle".split()]
+    looked = torch.full((3, 4), 0.25)
+    hypothesis = Hypothesis(ids, [math.log(0.5), math.log(0.25), 0.0, math.log(0.125)], -1.23456, looked)
+    caption = Caption.of(hypothesis, VOCAB)
+    assert caption.alphas.shape == (3, 2, 2)
+    expected = {"text": "A red circle", "score": -1.2346, "words": ["a", "red", "circle"], "word_probs": [0.5, 0.25, 1]}
+    assert caption.to_dict() == expected
+    assert json.loads(json.dumps(caption.to_dict())) == expected
+
+
+def test_an_empty_caption_is_one_too():
+    caption = Caption.of(Hypothesis([], [-0.5], -0.5, torch.zeros(0, 16)), VOCAB)
+    assert caption.to_dict() == {"text": "", "score": -0.5, "words": [], "word_probs": []}
+    assert caption.alphas.shape == (0, 4, 4)

@@ -1,0 +1,1043 @@
+"""The command line: what each command prints, writes and returns, and the one sentence that every mistake gets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_captioner import MAX_LEN, VOCAB, lively_checkpoint, save_pictures
+
+from showtell import __version__, datasets, java_metrics, synthetic
+from showtell.__main__ import main
+from showtell.captioner import load
+from showtell.checkpoint import load_checkpoint, save_checkpoint
+from showtell.model import CaptionModel
+from showtell.recipes import RECIPES, Recipe
+from showtell.scoring import read_captions
+from showtell.transforms import IMAGENET
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("demo", "train", "evaluate", "score", "caption", "export", "import-legacy")
+TINY = ["--encoder", "tiny", "--set", "resize=32", "squash=true", "hidden_size=16", "embed_size=16", "warmup=2"]
+TINY += ["threshold=1", "dropout=0"]
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch, tmp_path):
+    """The same numbers with or without a GPU; what a command writes by default lands beside the test's files."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def without_java(monkeypatch):
+    """METEOR's jar takes seconds to start, and has tests of its own."""
+
+    def absent() -> str:
+        raise java_metrics.JavaMetricError("no java in this test")
+
+    monkeypatch.setattr(java_metrics, "_java", absent)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return lively_checkpoint(tmp_path_factory.mktemp("model") / "lively.safetensors", "transformer")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder of four pictures, one of them further down."""
+    folder = tmp_path_factory.mktemp("pictures")
+    paths = save_pictures(folder, 4)
+    (folder / "deep").mkdir()
+    paths[3].rename(folder / "deep" / "last.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """Twenty drawn pictures and captions.csv, two captions a picture, with the splits named."""
+    folder = tmp_path_factory.mktemp("my")
+    save_pictures(folder / "images", 20)
+    with (folder / "captions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption", "split"])
+        for i in range(20):
+            split = "train" if i < 14 else "val" if i < 18 else "test"
+            for sentence in synthetic.describe(synthetic.scene(i, 0, "test"), n=2):
+                writer.writerow([f"{i:05d}.png", sentence, split])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, own_data) -> Path:
+    """One epoch on the user's own pictures."""
+    out = tmp_path_factory.mktemp("runs") / "my"
+    assert main([*train(own_data, out), "--epochs", "1"]) == 0
+    return out
+
+
+def train(data: Path, out: Path) -> list[str]:
+    return ["train", "--dataset", "folder", "--data-dir", str(data), "--out", str(out), "--batch-size", "4", *TINY]
+
+
+def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=120, **options
+    )
+
+
+def refused(capsys, arguments: list, *words: str, code: int = 2) -> str:
+    """Runs a command that must fail, in one sentence that holds these words, and with nothing on standard output."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    lines = printed.err.strip().splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("showtell: ")
+    assert "Traceback" not in lines[0]
+    assert [word for word in words if word not in lines[0]] == [], lines[0]
+    return lines[0]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- The program -------------------------------------------------------------------------------------------------
+
+
+def test_help_and_version_answer_without_torch():
+    code = """
+import sys
+from showtell.__main__ import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    print(stop.code, sorted({"torch", "torchvision", "PIL", "matplotlib", "safetensors"} & set(sys.modules)))
+"""
+    for arguments, expected in (["--help"], "COMMAND"), (["train", "--help"], "--recipe"), (["--version"], __version__):
+        result = python("-c", code, *arguments)
+        assert result.stdout.splitlines()[-1] == "0 []", result.stderr
+        assert expected in result.stdout
+
+
+def test_the_module_runs(tmp_path):
+    result = python("-m", "showtell", "--version", cwd=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"showtell {__version__}\n", "")
+    result = python("-m", "showtell", "caption", "absent.jpg", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "showtell: there is no absent.jpg; give pictures, or folders of pictures\n"
+    assert leftovers(tmp_path) == ["here"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_short_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert f"usage: showtell {command}" in text
+    assert len(text.splitlines()) < 60
+
+
+def test_the_help_lists_every_command_and_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {command}" in text for command in COMMANDS)
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(name in text for name in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["COMMAND", "showtell --help"]),
+        (["paint"], ["'paint'", "caption", "score", "showtell --help"]),
+        (["caption"], ["IMAGE|FOLDER", "showtell caption --help"]),
+        (["caption", "a.jpg", "--beam", "big"], ["--beam-size", "'big'", "showtell caption --help"]),
+        (["caption", "a.jpg", "--loud"], ["--loud", "showtell --help"]),
+        (["caption", "a.jpg", "--json", "--csv", "c.csv"], ["--csv", "not allowed with", "--json"]),
+        (["caption", "a.jpg", "--csv", "c.csv", "--html", "c.html"], ["--html", "not allowed with", "--csv"]),
+        (["caption", "a.jpg", "--beam-size", "0"], ["--beam-size 0", "from 1 up"]),
+        (["caption", "a.jpg", "--n-best", "0"], ["--n-best 0", "from 1 up"]),
+        (["caption", "a.jpg", "--csv", "."], [". is a folder", "name the file"]),
+        (["train"], ["--out", "showtell train --help"]),
+        (["train", "--out", "r", "--features", "f", "--no-features"], ["--no-features", "not allowed with"]),
+        (["train", "--out", "r", "--seed", "-1"], ["--seed", "'-1'", "from 0 to 4294967295"]),
+        (["train", "--out", "r", "--seed", "x"], ["--seed", "'x'", "a whole number"]),
+        (["train", "--out", "r", "--device", "abacus"], ["--device abacus", "give cpu"]),
+        (["train", "--out", "r", "--epochs", "3", "--set", "epochs=4"], ["--epochs 3", "epochs=4", "give one"]),
+        (["train", "--out", "r", "--set", "lr=1", "--set", "lr=2"], ["lr=1", "lr=2", "give one"]),
+        (["train", "--out", "r", "--set", "lr"], ["--set lr gives no value", "--set lr=VALUE"]),
+        (["train", "--out", "r", "--set", "lr=fast"], ["lr='fast'", "is a number"]),
+        (["train", "--out", "r", "--set", "speed=1"], ["'speed'", "batch_size", "clip", "warmup"]),
+        (["train", "--out", "r", "--recipe", "cake"], ["no recipe 'cake'", *RECIPES]),
+        (["train", "--out", "r", "--decoder", "rnn"], ["decoder='rnn'", "show-tell", "transformer"]),
+        (["train", "--out", "r", "--best-by", "luck"], ["best_by='luck'", "CIDEr", "loss"]),
+        (["train", "--out", "r", "--dataset", "cocoa"], ["no data set 'cocoa'", "coco", "folder", "synthetic"]),
+        (["train", "--out", "r", "--dataset", "coco"], ["coco needs the folder", "--data-dir data/coco"]),
+        (["train", "--out", "r", "--epochs", "0"], ["epochs=0", "above 0"]),
+        (["train", "--out", "r", "--subset", "-5"], ["subset=-5", "0 or more"]),
+        (["train", "--out", "r", "--patience", "-1"], ["patience=-1", "0 or more"]),
+        (["train", "--out", "r", "--resume"], ["r holds no run to resume", "leave --resume out"]),
+        (["evaluate", "--html", "."], [". is a folder", "name the file"]),
+        (["evaluate", "--model", "absent"], ["no model absent", "checkpoint's path"]),
+        (["score", "r.json", "absent.json"], ["no file absent.json", "check the folder"]),
+        (["export", "--format", "legacy"], ["--out", "showtell export --help"]),
+        (["import-legacy", "e.pkl", "d.pkl", "v.pkl", "--out", "m.safetensors"], ["no vocabulary at v.pkl"]),
+    ],
+    ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
+)
+def test_a_mistake_in_the_flags_gets_one_sentence_and_writes_nothing(arguments, words, capsys):
+    refused(capsys, arguments, *words)
+    assert leftovers(Path()) == []
+
+
+def test_a_reader_that_has_enough_ends_a_command_in_silence():
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from showtell import __main__ as program
+
+def talk(_):
+    while True:
+        print("words " * 1000)
+
+program._caption = talk
+sys.exit(program.main(["caption", "a.jpg"]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_ctrl_c_outside_training_is_said_in_a_word(model, pictures, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("showtell.captioner.load", interrupted)
+    assert main(["caption", str(pictures), "--model", str(model)]) == 130
+    assert capsys.readouterr().err == "showtell: stopped\n"
+
+
+def test_what_the_system_refuses_is_one_sentence(model, pictures, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device", "captions.csv")
+
+    monkeypatch.setattr("showtell.__main__.write_text", full)
+    arguments = ["caption", str(pictures / "00000.png"), "--model", str(model), "--csv", "captions.csv"]
+    refused(capsys, arguments, "captions.csv", "No space left on device")
+
+
+# ---- caption -----------------------------------------------------------------------------------------------------
+
+
+def caption(model: Path, *arguments: object) -> list[str]:
+    return ["caption", *map(str, arguments), "--model", str(model), "--beam-size", "3"]
+
+
+def test_one_picture_prints_its_caption_alone(model, pictures, capsys):
+    assert main(caption(model, pictures / "00001.png")) == 0
+    printed = capsys.readouterr()
+    expected = load(model, "cpu").caption(pictures / "00001.png", beam_size=3)[0]
+    assert printed.out == expected.text + "\n"
+    assert printed.err == ""
+
+
+def test_several_pictures_and_folders_name_each(model, pictures, capsys):
+    assert main(caption(model, pictures / "00002.png", pictures)) == 0
+    out = capsys.readouterr().out.splitlines()
+    names = ["00002.png", "00000.png", "00001.png", "00002.png", "deep/last.png"]
+    captioner = load(model, "cpu")
+    paths = [pictures / name for name in names]
+    assert out == [f"{path}: {captioner.caption(path, beam_size=3)[0].text}" for path in paths]
+
+
+def test_json_is_one_document_and_nothing_else(model, pictures, capsys):
+    assert main([*caption(model, pictures), "--n-best", "2", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    rows = json.loads(printed.out)
+    captioner = load(model, "cpu")
+    assert [row["image"] for row in rows] == [str(p) for p in sorted(pictures.rglob("*.png"))]
+    for row in rows:
+        assert list(row) == ["image", "captions"]
+        expected = captioner.caption(row["image"], beam_size=3, n_best=2)
+        assert [c["text"] for c in row["captions"]] == [c.text for c in expected]
+        for found, known in zip(row["captions"], expected, strict=True):
+            assert list(found) == ["text", "score", "words", "word_probs"]
+            assert found["words"] == known.words
+            assert found["score"] == pytest.approx(known.score, abs=2e-4)
+            assert found["word_probs"] == pytest.approx(known.word_probs, abs=2e-4)
+
+
+def test_csv_has_a_row_a_caption(model, pictures, capsys, tmp_path):
+    target = tmp_path / "new" / "captions.csv"
+    assert main([*caption(model, pictures), "--n-best", "2", "--csv", str(target)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"4 pictures captioned in {target}\n"
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    captioner = load(model, "cpu")
+    expected = [(p, c) for p in sorted(pictures.rglob("*.png")) for c in captioner.caption(p, 3, 2)]
+    assert [(row["image"], row["caption"]) for row in rows] == [(str(p), c.text) for p, c in expected]
+    assert [float(row["score"]) for row in rows] == pytest.approx([c.score for _, c in expected], abs=2e-4)
+    assert leftovers(target.parent) == ["captions.csv"]
+
+
+def test_a_csv_is_replaced_whole_or_not_at_all(model, pictures, monkeypatch, tmp_path):
+    target = tmp_path / "captions.csv"
+    target.write_text("the old one")
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        assert main([*caption(model, pictures), "--csv", str(target)]) == 130
+    assert target.read_text() == "the old one"
+    assert leftovers(tmp_path) == ["captions.csv", "here"]
+    assert main([*caption(model, pictures), "--csv", str(target)]) == 0
+    assert target.read_text().startswith("image,caption,score")
+
+
+def test_html_shows_pictures_captions_and_alternatives(model, pictures, capsys, tmp_path):
+    target = tmp_path / "page.html"
+    assert main([*caption(model, pictures), "--n-best", "3", "--html", str(target)]) == 0
+    page = target.read_text()
+    others = [c.text for c in load(model, "cpu").caption(pictures / "deep" / "last.png", 3, 3)[1:]]
+    assert page.count('<li class="card') == 4
+    assert page.count("data:image/") == 4
+    assert "last.png" in page
+    assert all(re.search(f"<li[^>]*>{text}</li>", page) for text in others)
+    assert len(others) == 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_model_is_also_a_run_folder(finished_run, pictures, capsys):
+    assert main(caption(finished_run, pictures / "00000.png")) == 0
+    expected = load(finished_run / "best.safetensors", "cpu").caption(pictures / "00000.png", 3)[0]
+    assert capsys.readouterr().out == expected.text + "\n"
+
+
+# ---- Pictures that cannot be captioned ---------------------------------------------------------------------------
+
+
+def huge_png(side: int) -> bytes:
+    """A PNG whose header promises more pixels than anybody should decode; there is next to nothing behind it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(99))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+BAD_PICTURES = {
+    "text.jpg": (b"a shopping list\n", ["it holds text", "give a JPEG, PNG"]),
+    "empty.jpg": (b"", ["it is empty (0 bytes)", "give a JPEG, PNG"]),
+    "noise.jpg": (bytes(range(256)) * 4, ["not a picture of a known format", "give a JPEG, PNG"]),
+    "huge.png": (huge_png(30_000), ["more than 179 million pixels", "make a smaller copy first"]),
+    "cut.png": (None, ["damaged or cut short", "give a JPEG, PNG"]),
+}
+
+
+def bad_picture(folder: Path, name: str, pictures: Path) -> Path:
+    data = BAD_PICTURES[name][0]
+    (folder / name).write_bytes((pictures / "00000.png").read_bytes()[:150] if data is None else data)
+    return folder / name
+
+
+@pytest.mark.parametrize("name", BAD_PICTURES)
+@pytest.mark.parametrize("form", [[], ["--csv", "out.csv"]])
+def test_a_picture_that_cannot_be_read(name, form, model, pictures, capsys, tmp_path):
+    path = bad_picture(tmp_path, name, pictures)
+    started = time.monotonic()
+    capsys.readouterr()
+    assert main([*caption(model, path), *form]) == 1
+    assert time.monotonic() - started < 30
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    sentences = [line for line in printed.err.splitlines() if not line.endswith("captioned in out.csv")]
+    assert len(sentences) == 1
+    assert sentences[0].startswith(f"showtell: {path} cannot be read: ")
+    assert all(words in sentences[0] for words in BAD_PICTURES[name][1])
+    assert leftovers(tmp_path / "here") == (["out.csv"] if form else [])
+
+
+def test_nine_hundred_million_pixels_are_refused_at_once(model, tmp_path, pictures, capsys):
+    path = bad_picture(tmp_path, "huge.png", pictures)
+    assert path.stat().st_size < 200
+    captioner = load(model, "cpu")
+    started = time.process_time()
+    ((_, error),) = captioner.caption_files([path])
+    assert time.process_time() - started < 1
+    assert "179 million pixels" in str(error)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".webp"])
+def test_of_an_animation_the_first_frame_is_captioned(suffix, model, pictures, capsys, tmp_path):
+    frames = [Image.open(path).convert("RGB") for path in (pictures / "00001.png", pictures / "00000.png")]
+    path = tmp_path / f"moving{suffix}"
+    options = {"lossless": True} if suffix == ".webp" else {}
+    frames[0].save(path, save_all=True, append_images=frames[1:], **options)
+    frames[0].save(tmp_path / f"still{suffix}", **options)
+    assert main(caption(model, path)) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"note: {path} has 2 frames; its first is captioned\n"
+    assert main(caption(model, tmp_path / f"still{suffix}")) == 0
+    still = capsys.readouterr()
+    assert (still.out, still.err) == (printed.out, "")
+
+
+def test_a_picture_or_folder_that_is_not_there(model, capsys, tmp_path):
+    refused(capsys, caption(model, "absent.jpg"), "there is no absent.jpg", "give pictures, or folders of pictures")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "notes.txt").touch()
+    bare = tmp_path / "bare"
+    refused(capsys, caption(model, bare), f"the folder {bare} holds no pictures", ".jpg", ".png", "name another")
+
+
+def captions_of_a_folder_with_three_broken(model: Path, folder: Path, n: int, pictures: Path, capsys) -> None:
+    originals = save_pictures(folder, min(n, 20))
+    for i in range(20, n):
+        os.link(originals[i % 20], folder / f"{i:05d}.png")
+    broken = [bad_picture(folder, name, pictures) for name in ("text.jpg", "empty.jpg", "cut.png")]
+    target = folder.parent / "captions.csv"
+    assert main([*caption(model, folder), "--csv", str(target)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    with target.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [Path(row["image"]).name for row in rows] == [f"{i:05d}.png" for i in range(n)]
+    assert all(row["caption"] == rows[i % 20]["caption"] for i, row in enumerate(rows))
+    assert len({row["caption"] for row in rows}) > 3
+    said = [line for line in printed.err.splitlines() if line.startswith("showtell: ")]
+    assert said[-1] == f"showtell: 3 of {n + 3} pictures could not be read"
+    assert len(said) == 4
+    for path in broken:
+        assert sum(str(path) in line for line in said) == 1
+    assert "Traceback" not in printed.err
+
+
+def test_three_broken_pictures_of_a_folder_are_listed_and_the_rest_captioned(model, pictures, capsys, tmp_path):
+    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 300, pictures, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_three_broken_pictures_among_ten_thousand(model, pictures, capsys, tmp_path):
+    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 10_000, pictures, capsys)
+
+
+def test_json_lists_broken_pictures_too(model, pictures, capsys, tmp_path):
+    bad = bad_picture(tmp_path, "text.jpg", pictures)
+    assert main([*caption(model, bad, pictures / "00000.png"), "--json"]) == 1
+    printed = capsys.readouterr()
+    rows = {row["image"]: row for row in json.loads(printed.out)}
+    assert len(rows[str(pictures / "00000.png")]["captions"]) == 1
+    assert rows[str(bad)]["captions"] == []
+    assert "it holds text" in rows[str(bad)]["error"]
+    assert "1 of 2 pictures could not be read" in printed.err
+
+
+# ---- Checkpoints that cannot be used -----------------------------------------------------------------------------
+
+
+def altered(model: Path, target: Path, change) -> Path:
+    """The model's file with another header; `change` alters it in place."""
+    with safe_open(model, "pt") as file:
+        header = json.loads(file.metadata()["showtell"])
+    change(header)
+    save_file(load_file(model), target, metadata={"showtell": json.dumps(header)})
+    return target
+
+
+def truncated(model: Path, target: Path) -> Path:
+    target.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
+    return target
+
+
+def newer(model: Path, target: Path) -> Path:
+    return altered(model, target, lambda header: header.update(format=99))
+
+
+def unfitting(model: Path, target: Path) -> Path:
+    return altered(model, target, lambda header: header["vocabulary"]["words"].append("trombone"))
+
+
+def text(model: Path, target: Path) -> Path:
+    target.write_text("not a model")
+    return target
+
+
+def absent(model: Path, target: Path) -> Path:
+    return target
+
+
+@pytest.mark.parametrize("command", ["caption", "evaluate", "export"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (truncated, ["damaged or cut short", "fetch or save it again"]),
+        (newer, ["format 99, of a newer showtell", "pip install --upgrade showtell"]),
+        (unfitting, [f"a vocabulary of {len(VOCAB) + 1} words and a model of {len(VOCAB)}", "save it again"]),
+        (text, ["not a checkpoint", "give a file saved by showtell train"]),
+        (absent, ["there is no model", "give a checkpoint's path"]),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used(make, words, command, model, pictures, capsys, tmp_path):
+    path = make(model, tmp_path / "m.safetensors")
+    before = leftovers(tmp_path)
+    arguments = {
+        "caption": ["caption", pictures, "--csv", "out.csv"],
+        "evaluate": ["evaluate", "--html", "out.html"],
+        "export": ["export", "--format", "legacy", "--out", "exported"],
+    }[command]
+    refused(capsys, [*arguments, "--model", path], str(path), *words)
+    assert leftovers(tmp_path) == before
+
+
+# ---- train -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_what_it_should_and_says_how_to_go_on(own_data, tmp_path, capsys):
+    out = tmp_path / "a run"
+    assert main([*train(own_data, out), "--epochs", "2", "--decoder", "attend"]) == 0
+    printed = capsys.readouterr()
+    assert "14 images with 28 captions" in printed.err
+    assert "4 images to validate" in printed.err
+    assert f"showtell caption photo.jpg --model '{out / 'best.safetensors'}'" in printed.err
+    assert "Epoch [2/2]" in printed.out + printed.err
+    made = "best.safetensors curve.png last.safetensors lock resume.pt run.json training_log.jsonl training_log.txt"
+    assert sorted(os.listdir(out)) == made.split()
+    assert leftovers(Path()) == []  # the tiny backbone learns, and is not cached
+    settings = json.loads((out / "run.json").read_text())
+    assert settings["recipe"] == Recipe(
+        encoder="tiny", decoder="attend", resize=32, squash=True, hidden_size=16, embed_size=16, warmup=2, threshold=1,
+        dropout=0, batch_size=4, epochs=2,
+    ).to_dict()  # fmt: skip
+    assert settings["run"]["dataset"] == "folder"
+    assert settings["run"]["seed"] == 0
+    saved = load_checkpoint(out / "best.safetensors")
+    assert saved.model.config["decoder"]["name"] == "attend"
+    assert saved.meta["recipe"] == settings["recipe"]
+
+
+def test_a_dry_run_says_what_it_would_do_and_writes_nothing(own_data, tmp_path, capsys):
+    before = leftovers(tmp_path)
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(tmp_path / "run")]
+    assert main([*arguments, "--encoder", "resnet18", "--set", "threshold=1", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "14 images with 28 captions to train on, 4 images to validate" in printed.err
+    assert "resnet18 + show-tell" in printed.err
+    assert "note:" not in printed.err  # nor were weights looked for
+    assert leftovers(tmp_path) == before
+
+
+def test_pictures_that_are_not_there_are_said(own_data, tmp_path, capsys):
+    data = tmp_path / "my"
+    shutil.copytree(own_data, data)
+    (data / "images" / "00002.png").unlink()
+    assert main([*train(data, tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().err
+    assert "note: 1 pictures of train are not there and are left out: 00002.png\n" in said
+    assert "folder: 13 images with 26 captions" in said
+    for i in range(4):
+        (data / "images" / f"{i:05d}.png").unlink(missing_ok=True)
+    refused(capsys, train(data, tmp_path / "run"), "4 of 14 pictures", "at most 1 may be missing", "add them")
+
+
+def test_a_recipe_and_single_settings_add_up(own_data, tmp_path, capsys):
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(tmp_path / "run"), "--dry"]
+    assert main([*arguments, "--recipe", "demo", "--set", "epochs=3", "--set", "batch_size=5"]) == 0
+    assert "tiny + transformer" in (said := capsys.readouterr().err)
+    assert "3 epochs of 3 steps" in said  # of five images each
+    assert main([*arguments, "--recipe", "demo", "--decoder", "every-step", "--subset", "6"]) == 0
+    assert "tiny + every-step" in (said := capsys.readouterr().err)
+    assert "6 images with 12 captions" in said
+
+
+def test_a_folder_that_holds_a_run_is_not_trained_in_again(own_data, finished_run, capsys):
+    before = {path.name: path.read_bytes() for path in finished_run.iterdir()}
+    refused(capsys, train(own_data, finished_run), f"{finished_run} already holds a run", "--resume", "another --out")
+    assert {path.name: path.read_bytes() for path in finished_run.iterdir()} == before
+
+
+def test_resume_takes_the_flags_of_the_run_and_no_others(own_data, finished_run, capsys):
+    again = [*train(own_data, finished_run), "--epochs", "1", "--resume"]
+    before = (finished_run / "best.safetensors").read_bytes()
+    capsys.readouterr()
+    assert main(again) == 0  # with nothing left to do
+    assert "the best epoch was 1" in capsys.readouterr().err
+    assert main(["train", "--out", str(finished_run), "--resume"]) == 0
+    assert (finished_run / "best.safetensors").read_bytes() == before
+    short = ["train", "--out", finished_run, "--resume"]
+    refused(capsys, [*short, "--epochs", "9"], "epochs from 1 to 9", "leave them out", "another --out")
+    refused(capsys, [*short, "--recipe", "demo"], "decoder from show-tell to transformer", "optimizer from adam")
+    refused(capsys, [*short, "--seed", "4"], "seed from 0 to 4")
+    refused(capsys, [*short, "--set", "lr=0.1"], "lr from 0.0005 to 0.1")
+    refused(capsys, [*short, "--dataset", "coco"], "dataset from folder to coco")
+    refused(capsys, [*short, "--subset", "5", "--best-by", "loss"], "subset from 0 to 5", "best_by from CIDEr to loss")
+
+
+def test_resuming_a_run_of_an_earlier_version_that_knew_fewer_settings(own_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*train(own_data, out), "--epochs", "1"]) == 0
+    settings = json.loads((out / "run.json").read_text())
+    del settings["recipe"]["attention_cost"]
+    (out / "run.json").write_text(json.dumps(settings))
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    refused(capsys, ["train", "--out", out, "--resume", "--set", "attention_cost=1"], "attention_cost from 0.0 to 1.0")
+
+
+def test_resuming_keeps_what_the_run_was_begun_with(own_data, tmp_path, capsys):
+    """Flags that are left out mean the run's own settings, not the defaults."""
+    out = tmp_path / "run"
+    assert main([*train(own_data, out), "--epochs", "1", "--no-features", "--patience", "3", "--workers", "0"]) == 0
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    settings = json.loads((out / "run.json").read_text())["run"]
+    assert (settings["features"], settings["patience"]) == ("", 3)
+    assert main(["train", "--out", str(out), "--resume", "--patience", "5"]) == 0
+    assert json.loads((out / "run.json").read_text())["run"]["patience"] == 5
+
+
+def test_resuming_over_other_data_is_refused(own_data, finished_run, tmp_path, capsys):
+    changed = tmp_path / "my"
+    shutil.copytree(own_data, changed)
+    table = changed / "captions.csv"
+    table.write_text(table.read_text().replace("red", "pink", 1))
+    arguments = ["train", "--out", finished_run, "--resume", "--data-dir", changed]
+    refused(capsys, arguments, "have changed since", "another --out")
+
+
+def test_a_folder_in_use_by_another_process_is_refused(own_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from showtell.files import lock\n"
+        "with lock(sys.argv[1], 'is training in'):\n"
+        "    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = leftovers(out)
+        said = refused_last(capsys, [*train(own_data, out), "--epochs", "1"])
+        assert f"process {holder.pid}" in said
+        assert f"is training in {out}" in said
+        assert "choose another folder" in said
+        assert leftovers(out) == before == ["lock"]
+    finally:
+        holder.communicate("")
+    assert main([*train(own_data, out), "--epochs", "1"]) == 0  # free again
+
+
+def refused_last(capsys, arguments: list) -> str:
+    """As `refused`, for a run that first says what it would train."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("showtell: ")]
+    assert len(said) == 1
+    return said[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
+def test_ctrl_c_saves_and_resume_finishes(own_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [*train(own_data, out), "--epochs", "3", "--batch-size", "2", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "showtell", *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "run.json").exists() and time.monotonic() < deadline:
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.01)
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 130, said
+    assert "Traceback" not in said
+    sentence = said.strip().splitlines()[-1]
+    assert sentence.startswith("showtell: stopped in epoch 1 after step ")
+    command = f"showtell train --resume --out {out}"
+    assert sentence.endswith(f"and saved; to go on, type: {command}")
+    assert not list(out.glob(".*"))  # no half-written file
+    assert not (out / "last.safetensors").exists()
+    refused(capsys, arguments, "already holds a run", "add --resume")
+    assert main(command.split()[1:]) == 0
+    records = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records if "val_loss" in record] == [1, 2, 3]
+    assert load_checkpoint(out / "last.safetensors").meta["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    ("dataset", "words"),
+    [
+        ("coco", ["captions_train2017.json", "COCO's annotations/"]),
+        ("karpathy", ["no dataset_*.json", "annotations"]),
+        ("flickr8k", ["Flickr_8k.trainImages.txt", "check the folder"]),
+        ("folder", ["no csv, tsv, json or jsonl file", "put one captions.csv there"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_data_folder_without_annotations(command, dataset, words, model, capsys, tmp_path):
+    (tmp_path / "data").mkdir()
+    arguments = [command, "--dataset", dataset, "--data-dir", tmp_path / "data", "--out", tmp_path / "out"]
+    if command == "evaluate":
+        arguments += ["--model", model, "--split", "train"]
+    refused(capsys, arguments, str(tmp_path / "data"), *words)
+    arguments[4] = tmp_path / "nowhere"
+    refused(capsys, arguments, f"there is no folder {tmp_path / 'nowhere'}", f"that holds the {dataset} data")
+    assert leftovers(tmp_path) == ["data", "here"]
+
+
+# ---- evaluate ----------------------------------------------------------------------------------------------------
+
+
+def evaluate(model: Path, data: Path, out: Path, *more: str) -> list[str]:
+    arguments = ["evaluate", "--model", model, "--dataset", "folder", "--data-dir", data, "--split", "train"]
+    return [*map(str, arguments), "--beam-size", "2", "--out", str(out), *more]
+
+
+@pytest.mark.usefixtures("without_java")
+def test_evaluate_json_agrees_with_score_on_its_captions(model, own_data, capsys, tmp_path):
+    out = tmp_path / "val"
+    assert main([*evaluate(model, own_data, out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert list(document) == ["model", "dataset", "split", "images", "beam_size", "scores", "captions"]
+    assert document["model"] == str(model)
+    assert (document["dataset"], document["split"], document["images"]) == ("folder", "train", 14)
+    assert document["captions"] == str(out / "captions.json")
+    assert leftovers(out) == ["captions.json"]
+
+    rows = json.loads((out / "captions.json").read_text())
+    data = datasets.load("folder", own_data, "train")
+    assert [row["image_id"] for row in rows] == data.image_ids  # each once, in order
+    captioner = load(model, "cpu")
+    assert [row["caption"] for row in rows] == [captioner.caption(data.path(i), 2)[0].text for i in range(len(data))]
+
+    references = tmp_path / "references.json"
+    references.write_text(json.dumps(dict(zip(data.image_ids, data.captions, strict=True))))
+    assert main(["score", str(references), str(out / "captions.json"), "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)["captions.json"]
+    found = document["scores"]
+    assert found.pop("perplexity") > 1
+    assert found["health"].pop("novel") == 1  # of nonsense; it knows the training captions, and `score` does not
+    assert scored["health"].pop("novel") is None
+    assert found == scored
+    assert 0 < found["Bleu_1"] < 1
+    assert found["METEOR"] is None
+    assert "no java in this test" in found["missing"]["METEOR"]
+    assert {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"} <= found.keys()
+
+
+@pytest.mark.usefixtures("without_java")
+def test_evaluate_counts_every_true_word_for_the_perplexity(model, own_data, capsys, tmp_path):
+    """By hand: teacher forcing caption by caption, the sum over words divided by their number."""
+    assert main([*evaluate(model, own_data, tmp_path / "val"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["scores"]["perplexity"]
+    captioner = load(model, "cpu")
+    data = datasets.load("folder", own_data, "train")
+    nll = words = 0
+    for i, captions in enumerate(data.captions):
+        features = captioner.encode(data.path(i))
+        for text in captions:
+            ids = torch.tensor([VOCAB.encode(text)])
+            with torch.no_grad():
+                logits = captioner.model.decoder(features, ids)
+            nll += torch.nn.functional.cross_entropy(logits[0, -(ids.shape[1] - 1) :], ids[0, 1:], reduction="sum")
+            words += ids.shape[1] - 1
+    assert found == pytest.approx(float(torch.exp(nll / words)), rel=1e-4)
+
+
+@pytest.mark.usefixtures("without_java")
+def test_evaluate_prints_a_table_and_writes_a_page(model, own_data, capsys, tmp_path):
+    page = tmp_path / "report.html"
+    assert main([*evaluate(model, own_data, tmp_path / "val"), "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "beam size 2" in out
+    assert all(word in out for word in ("BLEU-4", "CIDEr-D", "ROUGE-L", "perplexity", "14 images with 28 references"))
+    assert str(tmp_path / "val" / "captions.json") in out
+    html = page.read_text()
+    rows = json.loads((tmp_path / "val" / "captions.json").read_text())
+    assert all(row["image_id"] in html for row in rows)
+    assert all(sentence in html for sentence in datasets.load("folder", own_data, "train").captions[0])
+    assert html.count('<li class="card') == 14  # the seven best and the seven worst
+    assert html.count("data:image/") == 14
+    for heading in ("The 7 best", "The 7 worst", "Scores", "Health", "Caption lengths", "Most frequent words"):
+        assert f">{heading}</h2>" in html
+
+
+@pytest.mark.usefixtures("without_java")
+def test_evaluate_draws_synthetic_pictures_and_puts_captions_beside_the_model(model, capsys, tmp_path):
+    """By default the drawn scenes, which have no files."""
+    own = tmp_path / "m" / "mine.safetensors"
+    own.parent.mkdir()
+    own.write_bytes(model.read_bytes())
+    arguments = ["evaluate", "--model", str(own), "--limit", "6", "--beam-size", "1", "--html", "page.html", "--json"]
+    assert main(arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    expected = own.parent / "mine-synthetic-val" / "captions.json"
+    assert document["captions"] == str(expected)
+    assert document["images"] == len(json.loads(expected.read_text())) == 6
+    assert Path("page.html").read_text().count("data:image/") == 6
+
+
+@pytest.mark.usefixtures("without_java")
+def test_the_images_of_a_limit_are_drawn_by_the_seed(model, own_data, capsys, tmp_path):
+    ids = {}
+    for seed in ("0", "1", "0"):
+        assert main([*evaluate(model, own_data, tmp_path / "out"), "--limit", "6", "--seed", seed]) == 0
+        drawn = list(read_captions(tmp_path / "out" / "captions.json"))
+        assert len(drawn) == 6
+        assert ids.setdefault(seed, drawn) == drawn
+    assert ids["0"] != ids["1"]
+
+
+@pytest.mark.usefixtures("without_java")
+def test_the_split_alone_is_enough(model, capsys, tmp_path):
+    """COCO's validation pictures without those for training, which only the share of new captions is told from."""
+    synthetic.export_coco(tmp_path / "coco", 1, 5, 32)
+    (tmp_path / "coco" / "annotations" / "captions_train2017.json").unlink()
+    arguments = ["evaluate", "--model", str(model), "--dataset", "coco", "--data-dir", str(tmp_path / "coco")]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["images"] == 5
+    assert document["scores"]["health"]["novel"] is None
+
+
+@pytest.mark.usefixtures("without_java")
+def test_one_image_can_be_evaluated(model, own_data, capsys, tmp_path):
+    assert main([*evaluate(model, own_data, tmp_path / "out"), "--limit", "1", "--html", "page.html"]) == 0
+    assert "1 images" in capsys.readouterr().out
+    assert "The 1 best" in Path("page.html").read_text()
+
+
+@pytest.mark.usefixtures("without_java")
+def test_a_broken_picture_is_left_out_and_said(model, own_data, capsys, tmp_path):
+    data = tmp_path / "my"
+    shutil.copytree(own_data, data)
+    (data / "images" / "00003.png").write_text("no picture")
+    assert main([*evaluate(model, data, tmp_path / "val"), "--html", "page.html", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["images"] == 13
+    assert printed.err.count("note: left out: ") == 1
+    assert "00003.png cannot be read: it holds text" in printed.err
+    assert "00003.png" not in read_captions(tmp_path / "val" / "captions.json")
+    for path in (data / "images").glob("*.png"):
+        path.write_text("no picture")
+    capsys.readouterr()
+    assert main(evaluate(model, data, tmp_path / "none")) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last == "showtell: none of the 14 pictures of folder train can be read; mend them first"
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--split", "holiday"], ["no split 'holiday'", "train, val, test"]),
+        (["--beam-size", "0"], ["--beam-size 0", "1 for greedy"]),
+        (["--limit", "-3"], ["-3", "1 or more"]),
+    ],
+)
+def test_what_cannot_be_evaluated(flags, words, model, own_data, capsys, tmp_path):
+    refused(capsys, [*evaluate(model, own_data, tmp_path / "out"), *flags], *words)
+    assert leftovers(tmp_path) == ["here"]
+
+
+# ---- Data sets, from real files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def coco_small(shared_data) -> Path:
+    if not (shared_data / "coco_small").is_dir():
+        pytest.skip(f"no coco_small in {shared_data}")
+    return shared_data / "coco_small"
+
+
+def coco_as_csv(coco: Path, folder: Path, n: int) -> Path:
+    """The first `n` training pictures of a COCO folder as a csv with the pictures linked beside it."""
+    data = datasets.load("coco", coco, "train")
+    (folder / "images").mkdir(parents=True)
+    with (folder / "captions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for i in range(n):
+            os.symlink(data.path(i), folder / "images" / data.files[i])
+            writer.writerows([data.files[i], text] for text in data.captions[i])
+    return folder
+
+
+def coco_as_karpathy(coco: Path, folder: Path, n: int) -> Path:
+    """The same as a json of Karpathy's form: train, restval, val and test in turn."""
+    data = datasets.load("coco", coco, "train")
+    folder.mkdir()
+    os.symlink(coco / "train2017", folder / "train2017")
+    images = [
+        {
+            "filepath": "train2017",
+            "filename": data.files[i],
+            "cocoid": data.image_ids[i],
+            "split": ("train", "restval", "val", "test")[i % 4],
+            "sentences": [{"raw": text, "tokens": text.lower().split()} for text in data.captions[i]],
+        }
+        for i in range(n)
+    ]
+    (folder / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    return folder
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_coco_reader_gives_what_pycocotools_gives(split, coco_small, capsys):
+    coco_api = pytest.importorskip("pycocotools.coco")
+    api = coco_api.COCO(str(coco_small / "annotations" / f"captions_{split}2017.json"))
+    data = datasets.load("coco", coco_small, split)
+    expected = {i: [a["caption"] for a in api.imgToAnns[i]] for i in api.getImgIds() if api.imgToAnns[i]}
+    clean = {i: [text for text in (" ".join(t.split()) for t in texts) if text] for i, texts in expected.items()}
+    assert dict(zip(data.image_ids, data.captions, strict=True)) == clean
+    assert len(data) > 100
+    files = {i: api.loadImgs(i)[0]["file_name"] for i in data.image_ids}
+    assert dict(zip(data.image_ids, data.files, strict=True)) == files
+    assert data.missing == []
+
+
+@pytest.mark.usefixtures("without_java")
+def test_training_on_coco_and_evaluating_through_pycocotools(coco_small, capsys, tmp_path):
+    coco_api = pytest.importorskip("pycocotools.coco")
+    out = tmp_path / "run"
+    arguments = ["--dataset", "coco", "--data-dir", str(coco_small)]
+    flags = [*TINY, "--epochs", "1", "--subset", "30", "--val-images", "10", "--batch-size", "50"]
+    assert main(["train", *arguments, "--out", str(out), *flags]) == 0
+    assert "coco: 30 images with" in capsys.readouterr().err
+    evaluated = ["evaluate", "--model", str(out), *arguments, "--split", "val", "--limit", "20", "--beam-size", "1"]
+    assert main([*evaluated, "--json"]) == 0
+    results = Path(json.loads(capsys.readouterr().out)["captions"])
+    assert results == out / "best-coco-val" / "captions.json"
+    truth = coco_small / "annotations" / "captions_val2017.json"
+    loaded = coco_api.COCO(str(truth)).loadRes(str(results))
+    assert len(loaded.getImgIds()) == 20
+    written = {row["image_id"]: row["caption"] for row in json.loads(results.read_text())}
+    assert {a["image_id"]: a["caption"] for a in loaded.dataset["annotations"]} == written
+    capsys.readouterr()
+    assert main(["score", str(truth), str(results), "--allow-missing", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["captions.json"]["n_images"] == 20
+
+
+@pytest.mark.parametrize(
+    ("dataset", "make", "sizes"),
+    [("folder", coco_as_csv, None), ("karpathy", coco_as_karpathy, [20, 10, 10])],
+)
+def test_training_on_other_layouts_of_coco(dataset, make, sizes, coco_small, capsys, tmp_path):
+    data = make(coco_small, tmp_path / "data", 40)
+    sets = [datasets.load(dataset, data, split) for split in ("train", "val", "test")]
+    assert sum(map(len, sets)) == 40
+    assert [len(part) for part in sets] == (sizes or [len(part) for part in sets])
+    whole = datasets.load("coco", coco_small, "train")
+    known = dict(zip(whole.files, whole.captions, strict=True))
+    for part in sets:
+        assert all(known[os.path.basename(f)] == c for f, c in zip(part.files, part.captions, strict=True))
+    arguments = ["train", "--dataset", dataset, "--data-dir", str(data), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *TINY, "--epochs", "1", "--batch-size", "50"]) == 0
+    assert f"{len(sets[0])} images with" in capsys.readouterr().err
+    photo = Path(sets[2].path(0))
+    assert main(["caption", str(photo), "--model", str(tmp_path / "run"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["image"] == str(photo)
+    assert len(row["captions"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("without_java")
+def test_flickr8k_with_a_pretrained_backbone_and_its_cache(flickr8k, weights, capsys, tmp_path):
+    """A cut of it: 20 photographs to train on, 6 to validate; features once, then captions, scores and a page."""
+    data = tmp_path / "flickr8k"
+    data.mkdir()
+    for name in ("images", "Flickr8k.token.txt"):
+        os.symlink(flickr8k / name, data / name)
+    for name, n in (("train", 20), ("dev", 6), ("test", 1)):
+        listing = f"Flickr_8k.{name}Images.txt"
+        (data / listing).write_text("\n".join((flickr8k / listing).read_text().split()[:n]))
+    file = weights / "resnet50_imagenet_pruned.safetensors"
+    arguments = ["train", "--dataset", "flickr8k", "--data-dir", str(data), "--out", str(tmp_path / "run")]
+    arguments += ["--recipe", "flickr8k-show-tell", "--encoder-weights", str(file), "--features", str(tmp_path / "f")]
+    arguments += ["--epochs", "2", "--set", "stride_in_1x1=true", "threshold=2"]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert "20 images with 100 captions to train on, 6 images to validate" in said
+    assert "the features of 20 images" in said
+    (cache,) = (tmp_path / "f").iterdir()
+    logs = [json.loads(line) for line in (tmp_path / "run" / "training_log.jsonl").read_text().splitlines()]
+    losses = [record["train_loss"] for record in logs if "train_loss" in record]
+    assert losses[1] < losses[0]
+    before = sorted(path.name for path in cache.iterdir())
+    assert main([*arguments, "--resume"]) == 0  # the same command; the cache is known again by its weights
+    assert sorted(path.name for path in cache.iterdir()) == before
+    assert "the features of" not in capsys.readouterr().err
+    page = tmp_path / "report.html"
+    model = ["--model", str(tmp_path / "run")]
+    evaluated = ["evaluate", *model, "--dataset", "flickr8k", "--data-dir", str(data), "--html", str(page), "--json"]
+    assert main(evaluated) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 6
+    assert page.read_text().count("data:image/") == 6
+    photo = flickr8k / "images" / (flickr8k / "Flickr_8k.testImages.txt").read_text().split()[0]
+    assert main(["caption", str(photo), *model]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+# ---- export and import -------------------------------------------------------------------------------------------
+
+
+def test_a_model_goes_out_as_the_ancestors_files_and_comes_back(tmp_path, capsys, pictures):
+    arguments = {"name": "show-tell", "embed_size": 8, "hidden_size": 8, "vocab_size": len(VOCAB)}
+    torch.manual_seed(0)
+    model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
+    save_checkpoint(tmp_path / "m.safetensors", model, VOCAB, IMAGENET)
+    out = tmp_path / "exported"
+    assert main(["export", "--model", str(tmp_path / "m.safetensors"), "--format", "legacy", "--out", str(out)]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(files) == sorted(out.iterdir())
+    assert len(files) == 3
+    encoder, decoder, vocab = (next(f for f in files if f.name.startswith(n)) for n in ("encoder", "decoder", "vocab"))
+    back = tmp_path / "back.safetensors"
+    assert main(["import-legacy", str(encoder), str(decoder), str(vocab), "--out", str(back)]) == 0
+    assert f"resnet18, {len(VOCAB)} words, embed 8, hidden 8, 1 LSTM layer(s)" in capsys.readouterr().out
+    photo = pictures / "00000.png"
+    models = (tmp_path / "m.safetensors", back)
+    first, second = (load(path, "cpu").caption(photo, max_len=MAX_LEN)[0] for path in models)
+    assert first.words == second.words
+    assert first.score == pytest.approx(second.score, abs=1e-4)

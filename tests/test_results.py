@@ -1,0 +1,57 @@
+"""The page of a system's scores, and finding the picture an id means."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from showtell.__main__ import main
+from showtell.results import picture_finder
+
+
+@pytest.fixture
+def files(tmp_path):
+    """COCO annotations of three pictures, a system's results, and the pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.png"} for i in (7, 12, 139)]
+    for image in images:
+        Image.fromarray(np.full((20, 20, 3), image["id"], np.uint8)).save(folder / image["file_name"])
+    texts = {7: "a dog runs fast", 12: "a red bus on a street", 139: "two cats sleep <b>here</b>"}
+    annotations = [{"id": 10 * i + k, "image_id": i, "caption": t} for i, t in texts.items() for k in range(2)]
+    (tmp_path / "true.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    rows = [{"image_id": i, "caption": "a dog runs"} for i in texts]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_score_writes_a_page_with_every_picture_and_caption(files, capsys):
+    page = files / "page.html"
+    words = ["score", str(files / "true.json"), str(files / "mine.json"), "--no-java", "--html", str(page)]
+    assert main([*words, "--images", str(files / "pictures")]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/") == 2  # of three pictures, one among the best and one among the worst
+    assert "a dog runs fast" in text
+    assert "<b>here" not in text
+    assert "CIDEr-D" in capsys.readouterr().out
+
+
+def test_two_systems_or_pictures_without_a_page_are_refused(files, capsys):
+    words = ["score", str(files / "true.json"), str(files / "mine.json")]
+    assert main([*words, str(files / "true.json"), "--html", "page.html"]) == 2
+    assert "name one file of candidates" in capsys.readouterr().err
+    assert main([*words, "--images", str(files / "pictures")]) == 2
+    assert "add --html FILE" in capsys.readouterr().err
+    assert main([*words, "--html", "page.html", "--images", str(files / "none")]) == 2
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_pictures_are_found_by_annotations_name_and_number(files):
+    find = picture_finder(files / "pictures", files / "true.json")
+    assert find("139").name == find("COCO_val2014_000000000139.png").name == "COCO_val2014_000000000139.png"
+    assert find("8") is None
+    by_number = picture_finder(files / "pictures", "true.csv")
+    assert by_number("12").name == "COCO_val2014_000000000012.png"
