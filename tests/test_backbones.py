@@ -130,7 +130,7 @@ def test_every_classification_network_of_torchvision_is_a_backbone(name, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "size", "grid", "feature_size"),
-    [("resnet18", 224, 49, 512), ("resnet50", 96, 9, 2048), ("tiny", 64, 64, 128)],
+    [("resnet18", 224, 49, 512), ("resnet50", 96, 9, 2048), ("tiny", 64, 64, 96)],
 )
 def test_shapes(name, size, grid, feature_size):
     backbone = Backbone(name, grid=True, weights=None)

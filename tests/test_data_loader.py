@@ -418,7 +418,7 @@ def test_cached_features_are_those_of_the_pictures(tmp_path, pictures, vocab, gr
     from_cache = get_loader(TINY, batch_size=4, dataset=pictures, vocab=vocab, group=group, cache=cache)
     for (images, captions), (features, same) in zip(from_pixels, from_cache, strict=True):
         assert torch.equal(captions, same)
-        assert features.shape == (len(images), 64, 128)
+        assert features.shape == (len(images), 64, 96)
         torch.testing.assert_close(features.float(), backbone(images), atol=1e-3, rtol=1e-3)  # stored in half
 
 

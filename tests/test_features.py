@@ -173,7 +173,7 @@ def test_the_fingerprint_differs_whenever_the_features_would():
 
 def test_a_backbone_that_changed_since_the_cache_was_opened_is_refused(images, backbone, cache):
     with torch.no_grad():
-        backbone.net.stem[0].weight.mul_(2)
+        backbone.net.patches[0].weight.mul_(2)
     with pytest.raises(UserError, match=r"the weights of tiny changed after .* was opened; open it again"):
         cache.build(images, progress=False)
 
@@ -371,12 +371,12 @@ def test_a_torn_index_is_cut_at_its_last_whole_line(tmp_path, images, backbone, 
     assert len(cache) == kept
     cache.build(images, progress=False)
     assert_holds(cache, backbone, images)
-    assert (cache.folder / "features.f16").stat().st_size == 10 * 128 * 2
+    assert (cache.folder / "features.f16").stat().st_size == 10 * 96 * 2
     assert len(index.read_bytes().splitlines()) == 10
     assert_holds(FeatureCache.open(tmp_path / "cache", backbone, TINY), backbone, images)
 
 
-@pytest.mark.parametrize("change", [-1, -128 * 2 * 4, 77], ids=["torn row", "lost rows", "surplus"])
+@pytest.mark.parametrize("change", [-1, -96 * 2 * 4, 77], ids=["torn row", "lost rows", "surplus"])
 def test_rows_and_index_that_disagree_are_brought_together(tmp_path, images, backbone, cache, change):
     cache.build(images, progress=False)
     features = cache.folder / "features.f16"
@@ -386,7 +386,7 @@ def test_rows_and_index_that_disagree_are_brought_together(tmp_path, images, bac
     more = write_pictures(Path(images.folder), 2, first=10)
     cache.build(more, progress=False)
     assert_holds(cache, backbone, more)
-    assert features.stat().st_size == 12 * 128 * 2
+    assert features.stat().st_size == 12 * 96 * 2
 
 
 def test_a_build_that_fails_in_the_middle_keeps_what_it_had(images, backbone, cache, monkeypatch):
@@ -425,7 +425,7 @@ def test_the_index_never_names_a_row_that_a_power_cut_could_take(images, cache, 
         fsync(descriptor)
         lines = (cache.folder / "index.jsonl").read_bytes().splitlines()
         if os.path.samestat(os.fstat(descriptor), os.stat(cache.folder / "features.f16")):
-            safe.append(os.fstat(descriptor).st_size // (128 * 2))
+            safe.append(os.fstat(descriptor).st_size // (96 * 2))
         named.append((len(lines), safe[-1]))
 
     monkeypatch.setattr(os, "fsync", watched)
