@@ -197,7 +197,7 @@ def read_coco(
     path = annotations / f"captions_{split}{year}.json"
     if not path.is_file():
         raise MissingFileError(
-            f"there is no {path}; give the folder that holds COCO's annotations/ (showtell download)"
+            f"there is no {path}; give the folder that holds COCO's annotations/"
         )
     values = read_json(path)
     _require_keys(
