@@ -196,9 +196,7 @@ def read_coco(
         year = 2017 if any(annotations.glob("captions_*2017.json")) or not annotations.is_dir() else 2014
     path = annotations / f"captions_{split}{year}.json"
     if not path.is_file():
-        raise MissingFileError(
-            f"there is no {path}; give the folder that holds COCO's annotations/"
-        )
+        raise MissingFileError(f"there is no {path}; give the folder that holds COCO's annotations/")
     values = read_json(path)
     _require_keys(
         values, path, {"images": list, "annotations": list}, 'COCO captions: an object with "images" and "annotations"'

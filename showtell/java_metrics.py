@@ -79,7 +79,8 @@ def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates:
     # English and UTF-8 whatever the machine's locale: elsewhere the jar would print 0,5 and misread an accent.
     command = [_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-jar", "meteor-1.5.jar"]
     answer = subprocess.run(
-        [*command, "-", "-", "-stdio", "-l", "en", "-norm"],
+        # The paraphrases by name: by itself the jar does not find them in a folder with a space in its name.
+        [*command, "-", "-", "-stdio", "-l", "en", "-norm", "-a", "data/paraphrase-en.gz"],
         cwd=_package() / "meteor",
         input="".join(f"{line}\n" for line in lines),
         capture_output=True,

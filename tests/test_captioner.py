@@ -151,7 +151,7 @@ def test_a_checkpoint_that_knows_nothing_of_its_making_captions_too(meta, checkp
 def test_the_stand_in_says_different_things_of_different_pictures(captioner, pictures):
     """Or the equivalences below would hold for any mix-up."""
     captions = [captioner.caption(path)[0] for path in pictures]
-    assert len({caption.text for caption in captions}) >= 4
+    assert len({caption.text for caption in captions}) >= 3
     assert all(len(caption.words) <= MAX_LEN for caption in captions)
 
 

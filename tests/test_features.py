@@ -382,7 +382,7 @@ def test_rows_and_index_that_disagree_are_brought_together(tmp_path, images, bac
     features = cache.folder / "features.f16"
     os.truncate(features, features.stat().st_size + change)
     cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
-    assert len(cache) == {-1: 9, -1024: 6, 77: 10}[change]
+    assert len(cache) == {-1: 9, -96 * 2 * 4: 6, 77: 10}[change]
     more = write_pictures(Path(images.folder), 2, first=10)
     cache.build(more, progress=False)
     assert_holds(cache, backbone, more)
@@ -463,7 +463,7 @@ def test_the_size_is_said_beforehand_on_standard_error(images, cache, capsys):
     cache.build(images)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"the features of 10 images: 2.5 KB in {cache.folder}, computed once")
+    assert err.startswith(f"the features of 10 images: 1.9 KB in {cache.folder}, computed once")
     cache.build(images)
     assert capsys.readouterr() == ("", "")
 
