@@ -3,7 +3,7 @@
 
 PYTHON = .venv/bin/python
 READY = @sh .ci/bootstrap
-PYTEST = $(PYTHON) -m pytest --timeout 300 --tidy
+PYTEST = $(PYTHON) -m pytest --timeout 300 --tidy -n auto --maxprocesses 4 --dist worksteal
 
 # Torch's threads soon sleep while they wait instead of spinning: on a busy machine ten times faster.
 export GOMP_SPINCOUNT ?= 3000

@@ -72,9 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(train, None)
     train.add_argument("--out", required=True, help="the run folder")
     train.add_argument("--recipe", help="a complete setting by name: " + ", ".join(_recipe_names()))
-    train.add_argument("--decoder", help="show-tell, every-step, attend or transformer")
+    train.add_argument("--decoder", help="show-tell, every-step, attend, top-down or transformer")
     train.add_argument("--encoder", help="a backbone: resnet50, tiny, any of torchvision, timm/NAME")
     train.add_argument("--encoder-weights", metavar="FILE", help="the backbone's weights (default: ImageNet's)")
+    train.add_argument(
+        "--init", metavar="MODEL", help="a trained model to start from, by path or name; its recipe, too"
+    )
     train.add_argument("--epochs", type=int)
     train.add_argument("--batch-size", type=int)
     train.add_argument("--lr", type=float)
@@ -126,10 +129,13 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--html", metavar="FILE", help="write a page with the pictures")
     _add_common(caption)
 
-    export = add("export", _export, "write a Show and Tell model as the ancestors' encoder-N.pkl and decoder-N.pkl")
+    export = add("export", _export, "write a model for sharing: one file of half the size, or as the ancestors have it")
     _add_model(export)
-    export.add_argument("--format", choices=["legacy"], required=True)
-    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument(
+        "--format", choices=["half", "legacy"], required=True,
+        help="half: one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of a Show and Tell model",
+    )  # fmt: skip
+    export.add_argument("--out", required=True, metavar="FILE|DIR")
 
     legacy = add("import-legacy", _import_legacy, "turn an ancestor's weights and vocabulary into a checkpoint")
     legacy.add_argument("encoder", metavar="ENCODER.pkl")
@@ -141,7 +147,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _recipe_names() -> list[str]:
-    return ["classic", "coco-show-tell", "demo", "flickr8k-attend", "flickr8k-every-step", "flickr8k-show-tell"]
+    return [
+        "classic",
+        "coco-show-tell",
+        "demo",
+        "flickr8k-attend",
+        "flickr8k-every-step",
+        "flickr8k-show-tell",
+        "flickr8k-top-down",
+    ]
 
 
 def _add_common(parser: argparse.ArgumentParser, seed: int | None = 0) -> None:
@@ -200,11 +214,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from showtell.captioner import find_model
+    from showtell.checkpoint import read_header
     from showtell.recipes import Recipe, recipe_named
     from showtell.train import Run, Stopped, Trainer
 
     settings = _settings(args)
-    begun = ("dataset", "seed", "subset", "val_images", "best_by")
+    begun = ("dataset", "init", "seed", "subset", "val_images", "best_by")
     free = ("data_dir", "patience", "tensorboard", "features")  # may change while a run goes on
     given = {name: value for name in (*begun, *free) if (value := getattr(args, name)) is not None}
     if args.workers is not None:
@@ -218,6 +234,10 @@ def _train(args: argparse.Namespace) -> int:
         trainer = Trainer.resume(args.out, device=_device(args), **given)
     else:
         recipe = recipe_named(args.recipe) if args.recipe else Recipe()
+        if args.init:
+            given["init"] = str(find_model(args.init))
+            if not args.recipe:
+                recipe = Recipe(**read_header(given["init"])["meta"].get("recipe", {}))
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
         run = Run(out=args.out, device=_device(args), **given)
@@ -383,10 +403,15 @@ def _write_gallery(path: str, done: list) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from showtell.captioner import find_model
-    from showtell.checkpoint import load_checkpoint
+    from showtell.checkpoint import load_checkpoint, save_checkpoint
     from showtell.legacy import export_legacy
 
-    for path in export_legacy(load_checkpoint(find_model(args.model)), args.out):
+    checkpoint = load_checkpoint(find_model(args.model))
+    if args.format == "half":
+        save_checkpoint(args.out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
+        print(args.out)
+        return 0
+    for path in export_legacy(checkpoint, args.out):
         print(path)
     return 0
 

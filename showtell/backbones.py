@@ -55,6 +55,7 @@ class Backbone(nn.Module):
         self.net = _build_net(name, weights)
         if stride_in_1x1:
             _move_strides(self.net, name)
+        self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are up to twice as fast
         with torch.no_grad():
             self.feature_size = self.net.eval()(torch.zeros(1, 3, 224, 224)).shape[1]
         self.fine_tune("" if name == "tiny" else None)
@@ -62,8 +63,45 @@ class Backbone(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, S, S)` normalised pictures -> `(B, D)`, or `(B, L, D)` row by row with `grid`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
-            maps = self.net(images)  # (B, D, h, w)
-            return maps.flatten(2).transpose(1, 2) if self.grid else maps.mean((2, 3))
+            return self._pool(self.net(images))
+
+    def _pool(self, maps: Tensor) -> Tensor:
+        """The network's `(B, D, h, w)` as features."""
+        return maps.flatten(2).transpose(1, 2) if self.grid else maps.mean((2, 3))
+
+    def stem(self) -> Backbone | None:
+        """What training leaves as it is, as a frozen backbone whose output can be cached.
+
+        `backbone.finish(backbone.stem()(images)) == backbone(images)`. Where nothing trains it is the whole backbone;
+        else the layers before the first that trains, and `None` if there are none.
+        """
+        if not self.trainable:
+            return self
+        if not (n_frozen := self._frozen_layers()):
+            return None
+        children = list(self.net.named_children())
+        stem = Backbone.__new__(Backbone)
+        nn.Module.__init__(stem)
+        stem.name, stem.grid, stem.trainable = f"{self.name} before {children[n_frozen][0]}", True, False
+        stem.net = nn.Sequential(OrderedDict(children[:n_frozen])).eval()
+        with torch.no_grad():
+            stem.feature_size = stem.net(next(stem.parameters()).new_zeros(1, 3, 224, 224)).shape[1]
+        return stem
+
+    def finish(self, features: Tensor) -> Tensor:
+        """Goes on from what `stem()` gave for square pictures, `(B, D)` or `(B, L, C)`, to what `forward` gives."""
+        if not (n_frozen := self._frozen_layers() if self.trainable else 0):
+            return features
+        side = math.isqrt(features.shape[1])
+        maps = features.transpose(1, 2).unflatten(2, (side, side))  # in memory channels last, which convolutions like
+        return self._pool(self.net[n_frozen:](maps))
+
+    def _frozen_layers(self) -> int:
+        """How many layers come before the first that trains; 0 where they cannot be told apart."""
+        if not isinstance(self.net, nn.Sequential):
+            return 0
+        trains = (any(p.requires_grad for p in layer.parameters()) for layer in self.net)
+        return next((i for i, layer_trains in enumerate(trains) if layer_trains), 0)
 
     def fine_tune(self, layers: str | Iterable[str] | None) -> None:
         """Chooses what trains: layers whose names start so (`"layer4"`, `["layer3", "layer4"]`), `""` all, `None` none.
@@ -171,7 +209,6 @@ class TinyNet(nn.Module):
 
         self.patches = nn.Sequential(*block(5, 48, 4, 4))
         self.stages = nn.Sequential(*block(48, 48, 3, 1), *block(48, 96, 3, 2), *block(96, 96, 3, 1))
-        self.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, S, S)` -> `(B, 96, S/8, S/8)`."""
@@ -210,6 +247,8 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
 def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
     """Loads a torchvision state dict (`.safetensors`, or `.pth` read with `weights_only`) into a backbone's `net`.
 
+    A captioner saved by showtell serves too: what it holds besides its backbone is left.
+
     Raises:
         MissingFileError: there is no such file.
         UserError: it cannot be read, or its keys or shapes are another network's.
@@ -221,7 +260,7 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
+            state = {key.removeprefix("encoder.backbone.net."): value for key, value in load_file(path).items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, not a checkpoint, or a pickle that wants to run code

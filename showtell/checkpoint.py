@@ -210,6 +210,41 @@ def build_model(config: dict, tensors: dict[str, Tensor], source: str) -> Captio
     return model.eval()
 
 
+@torch.no_grad()
+def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> int:
+    """Gives a new model the weights of a trained one; what it learnt of a word goes to that word's new place.
+
+    Args:
+        model: built as the other was, but for its vocabulary and dropout.
+        vocab: the new model's.
+        path: the trained model's checkpoint.
+
+    Returns:
+        how many of the new vocabulary's words it knew; the others keep their random start.
+
+    Raises:
+        MissingFileError, UserError: as `load_checkpoint` does, or the two were built differently.
+    """
+    other = load_checkpoint(path)
+    for half in ("encoder", "decoder"):
+        for name, value in model.config[half].items():
+            theirs = other.model.config[half].get(name)
+            if name not in ("vocab_size", "dropout") and theirs != value:
+                raise UserError(
+                    f"{path} was built with {half} {name}={theirs} and the new model with {name}={value}; "
+                    "a model to start from must be built alike, so train with its recipe and settings"
+                )
+    pairs = [(i, other.vocab.word2idx[word]) for word, i in vocab.word2idx.items() if word in other.vocab.word2idx]
+    here, there = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    own = model.state_dict()
+    for name, tensor in other.model.state_dict().items():
+        if name in ("decoder.embed.weight", "decoder.linear.weight", "decoder.linear.bias"):  # a row a word
+            own[name][here] = tensor[there]
+        else:
+            own[name].copy_(tensor)
+    return len(pairs)
+
+
 def save_resume(path: str | PathLike, state: dict) -> None:
     """Writes all that a stopped run needs to go on (model, optimiser, generators, position), whole or not at all.
 

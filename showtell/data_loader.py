@@ -1,7 +1,7 @@
 """Batches of (images, captions): `get_loader`, its data set, and two ways of grouping captions into batches.
 
 `length`: captions of one length together, so that nothing is padded; every caption exactly once an epoch.
-`image`: every image once with all its captions, encoded once; captions padded with `showtell.model.IGNORE`.
+`image`: every image once with all its captions, encoded once; captions padded with `showtell.decoders.IGNORE`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 from showtell import datasets
 from showtell.datasets import CaptionSet
+from showtell.decoders import IGNORE
 from showtell.errors import UserError
 from showtell.features import FeatureCache
-from showtell.model import IGNORE
 from showtell.transforms import BrokenImageError, MissingFileError, Transform
 from showtell.vocabulary import END, START, UNK, Vocabulary
 

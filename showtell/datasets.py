@@ -88,6 +88,30 @@ class CaptionSet:
         return CaptionSet(self.name, self.split, *parts, self.folder, self.missing, self.empty)
 
 
+def join(sets: Sequence[CaptionSet]) -> CaptionSet:
+    """Several sets of files as one, in their order.
+
+    Raises:
+        UserError: an image id is in two of them, or one of them is drawn and has no files.
+    """
+    if drawn := next((captions.name for captions in sets if isinstance(captions, SyntheticSet)), None):
+        raise UserError(
+            f"the data set {drawn} is drawn and has no files to join with others; write it out as COCO first"
+        )
+    ids = [image_id for captions in sets for image_id in captions.image_ids]
+    if twice := next((image_id for image_id, n in Counter(map(str, ids)).items() if n > 1), None):
+        raise UserError(f"the image id {twice} is in two of the data sets that are joined; give each image its own id")
+    return CaptionSet(
+        ",".join(captions.name for captions in sets),
+        sets[0].split,
+        ids,
+        [texts for captions in sets for texts in captions.captions],
+        [captions.path(i) for captions in sets for i in range(len(captions))],
+        missing=[path for captions in sets for path in captions.missing],
+        empty=sum(captions.empty for captions in sets),
+    )
+
+
 class SyntheticSet(CaptionSet):
     """Scenes of `showtell.synthetic`, drawn when first asked for; image `i` is `scene(i, seed, split)`.
 
@@ -138,8 +162,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
     """Opens a split of a data set.
 
     Args:
-        name: A reader: `coco`, `karpathy`, `flickr8k`, `folder` or `synthetic`.
-        data_dir: The data set's folder; `synthetic` needs none.
+        name: A reader: `coco`, `karpathy`, `flickr8k`, `folder` or `synthetic`; or several, `flickr8k,coco`, joined.
+        data_dir: The data set's folder, `synthetic` needs none; of several, as many: `data/flickr8k,data/coco`.
         split: `train`, `val` or, where the data set has it, `test` (`synthetic` has `unseen` besides).
         options: The reader's own, see `read_coco` and the others. All that read files take `on_missing` (`"skip"`, or
             `"error"` at the first image file that is not there) and `max_missing` (how many may be skipped; the default
@@ -149,6 +173,14 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
         UserError: an unknown name, split or option, or annotations that are not what they should be.
         MissingFileError: the folder or the annotations are not there, or too many image files.
     """
+    if "," in name:
+        names, folders = name.split(","), str(data_dir or "").split(",")
+        if len(names) != len(folders):
+            raise UserError(
+                f"{len(names)} data sets ({name}) were given with {len(folders)} folders ({data_dir}); "
+                "give a folder for each, in the same order, with commas between them"
+            )
+        return join([load(one, folder, split, **options) for one, folder in zip(names, folders, strict=True)])
     if name not in READERS:
         raise UserError(f"there is no data set {name!r}; choose one of {', '.join(READERS)}")
     reader = READERS[name]

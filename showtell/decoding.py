@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from showtell.decoders import Decoder, repeat_rows
 from showtell.errors import UserError
-from showtell.model import Decoder, repeat_rows
 from showtell.vocabulary import Vocabulary
 
 

@@ -28,8 +28,8 @@ from showtell.results import write_results
 
 
 def encode(model: CaptionModel, images: Tensor) -> Tensor:
-    """What the decoder reads: from pictures `(B, 3, S, S)`, or from cached features of the backbone."""
-    return model.encoder(images) if images.dim() == 4 else model.encoder.embed(images.to(_dtype(model)))
+    """What the decoder reads: from pictures `(B, 3, S, S)`, or from what a cache holds of them."""
+    return model.encoder(images if images.dim() == 4 else images.to(_dtype(model)))
 
 
 def _dtype(model: CaptionModel) -> torch.dtype:

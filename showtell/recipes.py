@@ -6,8 +6,8 @@ import math
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 
+from showtell.decoders import DECODERS
 from showtell.errors import UserError
-from showtell.model import DECODERS
 from showtell.tokenizer import TOKENIZERS
 from showtell.transforms import Transform
 
@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         encoder: a backbone by name. stride_in_1x1: see `showtell.backbones.Backbone`.
         batch_norm: batch norm behind the encoder's linear layer.
-        decoder: `show-tell`, `every-step`, `attend` or `transformer`.
+        decoder: `show-tell`, `every-step`, `attend`, `top-down` or `transformer`.
         embed_size, hidden_size: E and H. num_layers: of the LSTM, or the Transformer's blocks.
         attention_size: of the attention's perceptron. num_heads: of the Transformer.
         word_dropout: the part of the words read that is hidden, see `showtell.train.drop_words`.
@@ -102,8 +102,10 @@ class Recipe:
         for name in ("dropout", "word_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be from 0 to below 1; 0 turns it off")
-        if self.num_layers > 1 and self.decoder == "attend":
-            raise UserError("the decoder attend has one layer; leave num_layers at 1, or choose another decoder")
+        if self.num_layers > 1 and self.decoder in ("attend", "top-down"):
+            raise UserError(
+                f"the layers of the decoder {self.decoder} are given; leave num_layers at 1, or choose another decoder"
+            )
         if self.squash and self.random_crop:
             raise UserError("squash keeps the whole picture and random_crop cuts it; turn one of them off")
 
@@ -119,7 +121,7 @@ class Recipe:
         encoder |= {"stride_in_1x1": self.stride_in_1x1, "batch_norm": self.batch_norm}
         decoder = {"name": self.decoder, "embed_size": self.embed_size, "hidden_size": self.hidden_size}
         decoder |= {"vocab_size": vocab_size, "dropout": self.dropout, "tie_embeddings": self.tie_embeddings}
-        if self.decoder == "attend":
+        if self.decoder in ("attend", "top-down"):
             decoder |= {"attention_size": self.attention_size}
         else:
             decoder |= {"num_layers": self.num_layers}
@@ -169,13 +171,18 @@ def _convert(name: str, value: object, kind: type) -> object:
 
 
 RECIPES: dict[str, Recipe] = {
-    # Show and Tell on Flickr8k's 6,000 photographs; the whole picture is squashed into the square.
-    "flickr8k-show-tell": Recipe(resize=224, squash=True),
+    # Show and Tell on Flickr8k's 6,000 photographs; the whole picture is squashed into the square. Batch norm brings
+    # out what differs between pictures: with it and this rate, two epochs learn what three and a half did without.
+    "flickr8k-show-tell": Recipe(resize=224, squash=True, batch_norm=True, lr=1.5e-3, epochs=12),
     # The same with the image beside the word at every step.
     "flickr8k-every-step": Recipe(resize=224, squash=True, decoder="every-step"),
     # Show, Attend and Tell; captions of an image share its grid.
     "flickr8k-attend": Recipe(
         resize=224, squash=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0
+    ),
+    # Two LSTMs, one that looks and one that speaks.
+    "flickr8k-top-down": Recipe(
+        resize=224, squash=True, batch_norm=True, decoder="top-down", group="image", batch_size=16, lr=1e-3
     ),
     # Show and Tell on COCO: pictures as they are, cut square in the middle.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),

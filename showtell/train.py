@@ -27,15 +27,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import __version__, datasets, metrics
-from showtell.checkpoint import Checkpoint, load_resume, save_checkpoint, save_resume
+from showtell.checkpoint import Checkpoint, load_resume, save_checkpoint, save_resume, start_from
 from showtell.data_loader import CaptionDataset, get_loader
 from showtell.datasets import CaptionSet
+from showtell.decoders import IGNORE
 from showtell.decoding import Rules
 from showtell.errors import UserError
 from showtell.evaluate import image_loader, perplexity, write_captions
 from showtell.features import FeatureCache
 from showtell.files import lock, require_free_space, write_json
-from showtell.model import IGNORE, CaptionModel, caption_loss
+from showtell.model import CaptionModel, caption_loss
 from showtell.recipes import Recipe
 from showtell.training_log import Totals, TrainingLog, draw_curve, perplexity_of
 from showtell.vocabulary import Vocabulary
@@ -50,11 +51,13 @@ class Run:
     Attributes:
         dataset, data_dir: as in `showtell.datasets.load`. out: the run folder.
         weights: of the backbone, see `Backbone`. seed: of everything random.
+        init: a trained model's checkpoint to start from, see `showtell.checkpoint.start_from`; it has `weights` too.
         subset: train on so many images only, to tune hyper-parameters; 0 is all.
         val_images: how many validation images are captioned and scored every epoch; 0 is all.
         best_by: what the best checkpoint is best by. patience: stop after so many epochs without a better one; 0 never.
         device: `"cpu"`, `"cuda"`, …. num_workers: loader processes.
-        features: folder of the feature cache, `""` for no cache; it serves a frozen backbone without augmentation.
+        features: folder of the feature cache, `""` for no cache; it serves training without augmentation, and holds
+            what the backbone's frozen layers give.
         save_minutes: how often the run is saved inside an epoch. print_every: steps between log lines.
         max_broken: unreadable pictures left out before the run stops. tensorboard: whether to write its event files.
     """
@@ -63,6 +66,7 @@ class Run:
     data_dir: str | None = None
     out: str = "runs/last"
     weights: str | None = "imagenet"
+    init: str = ""
     seed: int = 0
     subset: int = 0
     val_images: int = 1000
@@ -137,7 +141,10 @@ class Trainer:
                 "bring them back as they were, or begin a new run with another --out"
             )
         self.transform = recipe.transform()
-        self.model = CaptionModel(recipe.model_config(len(self.vocab)), weights=None if state else run.weights)
+        weights = None if state or run.init else run.weights
+        self.model = CaptionModel(recipe.model_config(len(self.vocab)), weights)
+        if run.init and not state:
+            start_from(self.model, self.vocab, run.init)
         if state:  # before the cache is opened, which recognises the backbone by its weights
             self.model.load_state_dict(state["model"])
         self.model.encoder.backbone.fine_tune(recipe.layers_to_train())
@@ -159,10 +166,10 @@ class Trainer:
     def _open_loaders(self, dry: bool) -> None:
         recipe, run = self.recipe, self.run
         cache = None
-        frozen = not self.model.encoder.backbone.trainable
-        if run.features and not dry and frozen and self.transform == self.transform.evaluation():
+        stem = self.model.encoder.backbone.stem()  # what the whole run leaves as it is
+        if run.features and not dry and stem and self.transform == self.transform.evaluation():
             precision = "bfloat16" if self._autocast() else "float32"
-            cache = FeatureCache.open(run.features, self.model.encoder.backbone, self.transform, precision)
+            cache = FeatureCache.open(run.features, stem, self.transform, precision)
             for captions in (self.train_set, self.val_set):
                 cache.build(captions, device=self.device, num_workers=run.num_workers, max_broken=run.max_broken)
         options = {"vocab": self.vocab, "cache": cache, "num_workers": run.num_workers, "max_broken": run.max_broken}

@@ -22,7 +22,9 @@ OFFLINE = Path(__file__).resolve().parent / "offline"
 # Before torch or numpy is imported, and inherited by every process that a test starts.
 os.environ["SHOWTELL_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.environ.get("PYTHONPATH")]))
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
+)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin while they wait starve each other
 os.environ.setdefault("MPLBACKEND", "Agg")
 for library in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
@@ -113,7 +115,8 @@ FIXTURE_MARKS = {"shared_data": "realdata", "flickr8k": "realdata", "weights": "
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a test by the fixtures it asks for, so that the two cannot disagree."""
+    """Marks a test by the fixtures it asks for, so that the two cannot disagree, and puts the longest test first."""
+    items.sort(key=lambda item: "all_five_run_in_order" not in item.name)
     for item in items:
         for fixture in FIXTURE_MARKS.keys() & set(getattr(item, "fixturenames", ())):
             item.add_marker(FIXTURE_MARKS[fixture])

@@ -14,8 +14,12 @@ from torch import nn
 from torchvision import models
 
 from showtell.backbones import Backbone, TinyNet, load_backbone_weights
+from showtell.checkpoint import save_checkpoint
 from showtell.errors import MissingFileError, UserError
+from showtell.model import CaptionModel
+from showtell.recipes import Recipe
 from showtell.transforms import IMAGENET
+from showtell.vocabulary import Vocabulary
 
 CLASSIFIERS = [name for name in models.list_models(module=models) if not name.startswith("vit_")]
 
@@ -213,6 +217,42 @@ def test_fine_tune_chooses_several_all_and_none(frozen):
     assert not frozen(pictures()).requires_grad
     with pytest.raises(UserError, match=r"resnet18 has no layer 'layer5' to train; its layers are conv1, bn1,"):
         frozen.fine_tune("layer5")
+
+
+@pytest.mark.parametrize("grid", [False, True])
+@pytest.mark.parametrize("layers", ["layer4", "layer3,layer4", "layer2,layer4"])
+def test_stem_and_finish_are_the_whole(layers, grid):
+    backbone = Backbone("resnet18", grid, weights=None)
+    settle(backbone.net, images := pictures())
+    backbone.fine_tune(layers.split(","))
+    stem = backbone.stem()
+    maps = stem(images)
+    assert not maps.requires_grad
+    features = backbone.finish(maps)
+    torch.testing.assert_close(features, backbone(images))
+    features.sum().backward()
+    trained = [name for name, parameter in backbone.net.named_parameters() if parameter.grad is not None]
+    assert {name.split(".")[0] for name in trained} == set(layers.split(","))
+
+
+def test_the_stem_of_a_frozen_backbone_is_the_whole_and_of_a_trained_one_nothing(frozen):
+    assert frozen.stem() is frozen
+    features = torch.randn(2, 512)
+    assert frozen.finish(features) is features
+    frozen.fine_tune("")
+    assert frozen.stem() is None
+    tiny = Backbone("tiny", weights=None)
+    assert tiny.stem() is None
+    assert tiny.finish(features) is features
+
+
+def test_a_captioners_backbone_serves_as_weights(tmp_path):
+    model = CaptionModel(Recipe(encoder="resnet18").model_config(9))
+    path = tmp_path / "captioner.safetensors"
+    vocab = Vocabulary([*Vocabulary().word2idx, *"abcdef"], threshold=1)
+    save_checkpoint(path, model, vocab, IMAGENET)
+    again = Backbone("resnet18", weights=path)
+    torch.testing.assert_close(again.net.state_dict(), model.encoder.backbone.net.state_dict(), rtol=0, atol=0)
 
 
 def test_tiny_starts_trainable():

@@ -16,9 +16,10 @@ from showtell import captioner as module
 from showtell import synthetic
 from showtell.captioner import Caption, find_model, find_pictures, load
 from showtell.checkpoint import load_checkpoint, save_checkpoint
+from showtell.decoders import DECODERS
 from showtell.decoding import Hypothesis, beam_search, greedy
 from showtell.errors import MissingFileError, UserError
-from showtell.model import DECODERS, CaptionModel
+from showtell.model import CaptionModel
 from showtell.transforms import BrokenImageError, Transform, read_image
 from showtell.vocabulary import Vocabulary
 
@@ -120,7 +121,9 @@ def test_with_no_released_model_it_says_so(tmp_path, monkeypatch):
 
 def test_a_model_that_is_not_there_lists_those_that_are(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
-    with pytest.raises(MissingFileError, match=r"no model nonesuch; .*attend, every-step, show-tell, transformer"):
+    with pytest.raises(
+        MissingFileError, match=r"no model nonesuch; .*attend, every-step, show-tell, top-down, transformer"
+    ):
         find_model("nonesuch")
     with pytest.raises(MissingFileError, match=r"holds no best\.safetensors; name a checkpoint or a finished run"):
         find_model(tmp_path)

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from showtell import checkpoint as module
-from showtell.checkpoint import load_checkpoint, load_resume, read_header, save_checkpoint, save_resume
+from showtell.checkpoint import load_checkpoint, load_resume, read_header, save_checkpoint, save_resume, start_from
+from showtell.decoders import DECODERS
 from showtell.errors import MissingFileError, UserError
-from showtell.model import DECODERS, CaptionModel
+from showtell.model import CaptionModel
 from showtell.transforms import TINY, Transform
 from showtell.vocabulary import Vocabulary
 
@@ -50,6 +51,33 @@ def saved(tmp_path):
     path = tmp_path / "model.safetensors"
     save_checkpoint(path, model_of(), VOCAB, TINY, {"epoch": 3})
     return path
+
+
+# ---- Starting from another ---------------------------------------------------------------------------------------
+
+
+def test_a_new_model_starts_from_a_trained_one_word_by_word(saved):
+    trained = load_checkpoint(saved)
+    old = trained.vocab
+    vocab = Vocabulary(["<start>", "<end>", "<unk>", "unheard", *reversed(list(old.word2idx)[3:6])], threshold=1)
+    config = {**trained.model.config, "decoder": {**trained.model.config["decoder"], "vocab_size": len(vocab)}}
+    torch.manual_seed(3)
+    model = CaptionModel(config)
+    row = model.decoder.embed.weight[3].clone()
+    assert start_from(model, vocab, saved) == 6
+    assert torch.equal(model.decoder.embed.weight[3], row)  # a word it never heard keeps its random start
+    for word in list(vocab.word2idx)[4:]:
+        for name in ("embed", "linear"):
+            new, before = (getattr(m.decoder, name).weight for m in (model, trained.model))
+            assert torch.equal(new[vocab.word2idx[word]], before[old.word2idx[word]])
+    torch.testing.assert_close(model.encoder.state_dict(), trained.model.encoder.state_dict(), rtol=0, atol=0)
+
+
+def test_a_model_built_otherwise_is_not_started_from(saved):
+    config = {**load_checkpoint(saved).model.config}
+    config["decoder"] = config["decoder"] | {"hidden_size": 99}
+    with pytest.raises(UserError, match=r"decoder hidden_size=\d+ and the new model with hidden_size=99; .* recipe"):
+        start_from(CaptionModel(config), VOCAB, saved)
 
 
 # ---- Round trips -------------------------------------------------------------------------------------------------

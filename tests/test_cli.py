@@ -587,6 +587,15 @@ def test_a_recipe_and_single_settings_add_up(own_data, tmp_path, capsys):
     assert "6 images with 12 captions" in said
 
 
+def test_a_run_that_starts_from_a_model_takes_its_recipe(own_data, finished_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(out), "--init"]
+    assert main([*arguments, str(finished_run), "--dry-run"]) == 0
+    assert "tiny + show-tell" in capsys.readouterr().err
+    refused(capsys, [*arguments, str(finished_run), "--decoder", "attend"], "decoder name=show-tell", "name=attend")
+    refused(capsys, [*arguments, "nonesuch"], "there is no model nonesuch")
+
+
 def test_a_folder_that_holds_a_run_is_not_trained_in_again(own_data, finished_run, capsys):
     before = {path.name: path.read_bytes() for path in finished_run.iterdir()}
     refused(capsys, train(own_data, finished_run), f"{finished_run} already holds a run", "--resume", "another --out")
@@ -1020,6 +1029,22 @@ def test_flickr8k_with_a_pretrained_backbone_and_its_cache(flickr8k, weights, ca
 
 
 # ---- export and import -------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_halved_for_sharing(tmp_path, capsys, pictures):
+    arguments = {"name": "top-down", "embed_size": 8, "hidden_size": 8, "attention_size": 8, "vocab_size": len(VOCAB)}
+    torch.manual_seed(0)
+    model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "models" / "half.safetensors"
+    save_checkpoint(whole, model, VOCAB, IMAGENET, {"epoch": 3})
+    assert main(["export", "--model", str(whole), "--format", "half", "--out", str(half)]) == 0
+    assert capsys.readouterr().out == f"{half}\n"
+    assert half.stat().st_size < 0.55 * whole.stat().st_size
+    captioners = [load(path, "cpu") for path in (whole, half)]
+    assert captioners[1].meta == {"epoch": 3}
+    assert captioners[0].vocab == captioners[1].vocab
+    first, second = (c.caption(pictures / "00000.png", max_len=MAX_LEN)[0] for c in captioners)
+    assert first.score == pytest.approx(second.score, abs=1e-2)
 
 
 def test_a_model_goes_out_as_the_ancestors_files_and_comes_back(tmp_path, capsys, pictures):

@@ -27,9 +27,9 @@ from showtell.data_loader import (
     get_loader,
 )
 from showtell.datasets import CaptionSet
+from showtell.decoders import IGNORE
 from showtell.errors import MissingFileError, UserError
 from showtell.features import FeatureCache
-from showtell.model import IGNORE
 from showtell.transforms import TINY, Transform
 from showtell.vocabulary import Vocabulary
 

@@ -32,6 +32,25 @@ def split_ids(name: str, folder: Path, splits=("train", "val", "test"), **option
     return [set(load(name, folder, split, **options).image_ids) for split in splits]
 
 
+# ---- Several at once ---------------------------------------------------------------------------------------------
+
+
+def test_sets_are_joined_in_their_order(coco, tmp_path):
+    write_pictures(tmp_path / "other", ["a.png", "b.png"])
+    (tmp_path / "other" / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,train\n")
+    both = load("coco,folder", f"{coco},{tmp_path / 'other'}")
+    assert (both.name, both.split, len(both)) == ("coco,folder", "train", 8)
+    assert both.captions[-2:] == [["one"], ["two"]]
+    assert torch.equal(both.image(2), load("coco", coco).image(2))
+    assert torch.equal(both.image(7), load("folder", tmp_path / "other").image(1))
+    with pytest.raises(UserError, match="the image id 1 is in two of the data sets that are joined; give each image"):
+        load("coco,coco", f"{coco},{coco}")
+    with pytest.raises(UserError, match=r"2 data sets \(coco,folder\) were given with 1 folders .*a folder for each"):
+        load("coco,folder", coco)
+    with pytest.raises(UserError, match="the data set synthetic is drawn and has no files to join with others"):
+        load("coco,synthetic", f"{coco},")
+
+
 # ---- COCO --------------------------------------------------------------------------------------------------------
 
 

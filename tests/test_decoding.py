@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from showtell.decoders import DECODERS, repeat_rows
 from showtell.decoding import Rules, beam_search, greedy, sample
 from showtell.errors import UserError
-from showtell.model import DECODERS, repeat_rows
 
 pytestmark = pytest.mark.parametrize("name", DECODERS)
 V, E, H, L = 6, 8, 16, 4

@@ -15,11 +15,12 @@ from showtell.captioner import load
 from showtell.checkpoint import save_checkpoint
 from showtell.data_loader import CaptionDataset, get_loader
 from showtell.datasets import CaptionSet, SyntheticSet
+from showtell.decoders import DECODERS
 from showtell.decoding import Rules, beam_search
 from showtell.errors import UserError
 from showtell.evaluate import encode, evaluate, image_loader, perplexity, write_captions
 from showtell.features import FeatureCache
-from showtell.model import DECODERS, CaptionModel
+from showtell.model import CaptionModel
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from showtell.decoders import DECODERS, IGNORE, DecoderRNN
 from showtell.errors import UserError
-from showtell.model import DECODERS, IGNORE, CaptionModel, DecoderRNN, EncoderCNN, caption_loss
+from showtell.model import CaptionModel, EncoderCNN, caption_loss
 
 V, E, H, L = 30, 8, 16, 4
 
@@ -343,8 +344,14 @@ def test_batch_norm_behind_the_head():
     assert torch.equal(one, encoder.eval()(images[:1]))
     one.sum().backward()
     assert encoder.embed[0].weight.grad is not None
-    with pytest.raises(UserError, match="leave it out when grid=True"):
-        EncoderCNN(5, "tiny", grid=True, batch_norm=True)
+
+
+def test_batch_norm_of_a_grid_is_over_all_its_cells():
+    encoder = EncoderCNN(5, "tiny", grid=True, batch_norm=True).train()
+    features = encoder(torch.randn(4, 3, 32, 32))
+    assert features.shape == (4, 16, 5)
+    torch.testing.assert_close(features.mean((0, 1)), torch.zeros(5), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features.std((0, 1), correction=0), torch.ones(5), atol=1e-2, rtol=0)
 
 
 # ---- The model ---------------------------------------------------------------------------------------------------
@@ -372,7 +379,9 @@ def test_the_model_is_built_from_plain_values_and_reads_pictures_or_features(nam
 
 def test_an_unknown_decoder_is_told_which_there_are():
     config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config("gru")}
-    with pytest.raises(UserError, match="no decoder 'gru'; choose one of show-tell, every-step, attend, transformer"):
+    with pytest.raises(
+        UserError, match="no decoder 'gru'; choose one of show-tell, every-step, attend, top-down, transformer"
+    ):
         CaptionModel(config)
 
 

@@ -34,12 +34,13 @@ def test_the_command_line_lists_every_recipe():
     assert command_line._recipe_names() == sorted(RECIPES)
 
 
-def test_the_plain_flickr8k_recipe_is_the_published_one():
+def test_the_plain_flickr8k_recipe():
     recipe = recipe_named("flickr8k-show-tell")
     expected = {
-        "decoder": "show-tell", "embed_size": 512, "hidden_size": 512, "dropout": 0.5, "optimizer": "adam", "lr": 5e-4,
+        "decoder": "show-tell", "embed_size": 512, "hidden_size": 512, "dropout": 0.5, "optimizer": "adam",
+        "lr": 1.5e-3,
         "warmup": 200, "batch_size": 80, "label_smoothing": 0.1, "clip": 5, "threshold": 5, "tokenizer": "words",
-        "epochs": 15, "length_penalty": 0.7, "max_len": 25, "fine_tune": "",
+        "epochs": 12, "length_penalty": 0.7, "max_len": 25, "fine_tune": "", "batch_norm": True,
     }  # fmt: skip
     assert {name: getattr(recipe, name) for name in expected} == expected
     assert recipe.transform() == Transform(resize=(224, 224))
@@ -71,7 +72,11 @@ def test_settings_as_a_user_types_them():
         ("epochs", "", "epochs='' is not understood; epochs is a whole number"),
         ("lr", "fast", "lr='fast' is not understood; lr is a number"),
         ("squash", "yes", "squash=yes is not understood; write squash=true or squash=false"),
-        ("decoder", "lstm", "decoder='lstm' is not known; choose one of show-tell, every-step, attend, transformer"),
+        (
+            "decoder",
+            "lstm",
+            "decoder='lstm' is not known; choose one of show-tell, every-step, attend, top-down, transformer",
+        ),
         ("tokenizer", "nltk", "tokenizer='nltk' is not known; choose one of treebank, words, ptb"),
         ("group", "batch", "group='batch' is not known; choose one of length, image"),
         ("optimizer", "sgd", "optimizer='sgd' is not known; choose one of adam, adamw"),
@@ -104,7 +109,7 @@ def test_what_must_be_above_zero(name):
 
 
 def test_settings_that_contradict_each_other():
-    with pytest.raises(UserError, match="the decoder attend has one layer; leave num_layers at 1"):
+    with pytest.raises(UserError, match="the layers of the decoder attend are given; leave num_layers at 1"):
         Recipe(decoder="attend", num_layers=2)
     with pytest.raises(UserError, match="squash keeps the whole picture and random_crop cuts it; turn one of them off"):
         Recipe(squash=True, random_crop=True)
