@@ -2,26 +2,32 @@
 
     showtell demo
 
-Trains on scenes drawn as it goes, captions 200 pictures of combinations it has seen and 200 with a (colour, shape)
+First the released model, where there is one, captions the photographs inside scikit-image's package. Then the demo
+trains on scenes drawn as it goes, captions 200 pictures of combinations it has seen and 200 with a (colour, shape)
 combination it never saw, has every caption checked against the scene, and writes a page with all of them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections import Counter
 from pathlib import Path
 
 from showtell import datasets, synthetic
-from showtell.captioner import Caption, Captioner
+from showtell.captioner import Caption, Captioner, load
 from showtell.datasets import SyntheticSet
-from showtell.errors import UserError
+from showtell.errors import MissingFileError, UserError
 from showtell.files import lock, write_json
 from showtell.recipes import recipe_named
 from showtell.report import Card, Curve, Gallery, Tile, write_figure, write_page
 from showtell.train import Run, Trainer
 
 N_TRAIN, N_VAL, N_TEST = 12_000, 60, 200
+PHOTOGRAPHS = (  # of those in scikit-image's package, the ones that are of something
+    "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "motorcycle_left.png", "rocket.jpg",
+    "grass.png",
+)  # fmt: skip
 
 
 def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int = N_TRAIN, epochs: int = 0) -> dict:
@@ -44,6 +50,11 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     started = time.monotonic()
     folder = Path(out)
     _make_way(folder)
+    photographs = caption_photographs(device)
+    if photographs:
+        print("the released model says of the photographs inside scikit-image:")
+    for card in photographs:
+        print(f"  {card.title:<20} {card.predicted}")
     recipe = recipe_named("demo").with_settings({"epochs": epochs} if epochs else {})
     print(
         f"learning from {n_train:,} drawn scenes of coloured shapes ({len(synthetic.HELD_OUT)} combinations held out) …"
@@ -87,6 +98,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
             Tile("validation perplexity", f"{history[-1]['val_perplexity']:.2f}", "per word"),
         ],
         [
+            *([Gallery("Photographs, by the released model", photographs)] if photographs else []),
             Gallery("Combinations seen in training", cards_seen),
             Gallery("Combinations of colour and shape never seen together", cards_unseen),
             curve,
@@ -105,6 +117,19 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     )
     print(f"the page: {page}\nthe picture: {figure}\n{_minutes(time.monotonic() - started)} in all")
     return rates
+
+
+def caption_photographs(device: str = "cpu") -> list[Card]:
+    """What the released model says of scikit-image's photographs; empty where there is no such model or package."""
+    package = importlib.util.find_spec("skimage")
+    folder = Path(package.origin).parent / "data" if package else Path()
+    paths = [folder / name for name in PHOTOGRAPHS if package and (folder / name).is_file()]
+    try:
+        captioner = load(device=device)
+    except MissingFileError:
+        return []
+    found = ((path, captioner.caption(path)[0]) for path in paths)
+    return [Card(path, path.name, c.text, (), c.words, c.word_probs, c.score) for path, c in found]
 
 
 def _make_way(folder: Path) -> None:

@@ -18,10 +18,13 @@ from PIL import Image
 from showtell import datasets, demo, synthetic
 from showtell.__main__ import main
 from showtell.captioner import Caption, load
+from showtell.checkpoint import save_checkpoint
 from showtell.errors import UserError
 from showtell.files import lock
+from showtell.model import CaptionModel
 from showtell.recipes import recipe_named
 from showtell.report import Card
+from showtell.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +54,26 @@ def by_pixels(scenes: datasets.SyntheticSet) -> dict[bytes, synthetic.Scene]:
 def whole_truth(scene: synthetic.Scene) -> str:
     """A sentence that names everything there is."""
     return next(s for s in synthetic.describe(scene, n=5) if synthetic.check(s, scene).complete)
+
+
+# ---- Photographs ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_released_model_no_photograph_is_captioned(tmp_path, monkeypatch):
+    monkeypatch.setattr("showtell.captioner.MODELS", tmp_path)
+    assert demo.caption_photographs() == []
+
+
+def test_the_released_model_captions_the_photographs_of_scikit_image(tmp_path, monkeypatch):
+    pytest.importorskip("skimage")
+    vocab = Vocabulary(["<start>", "<end>", "<unk>", "a", "cat"], 1, "words")
+    model = CaptionModel(recipe_named("demo").model_config(len(vocab)))
+    save_checkpoint(tmp_path / "showtell-attend-1.safetensors", model, vocab, recipe_named("demo").transform())
+    monkeypatch.setattr("showtell.captioner.MODELS", tmp_path)
+    cards = demo.caption_photographs()
+    assert [card.title for card in cards] == list(demo.PHOTOGRAPHS)
+    assert all(Path(card.image).is_file() for card in cards)
+    assert [card.predicted for card in cards] == [load().caption(card.image)[0].text for card in cards]
 
 
 # ---- Judging -----------------------------------------------------------------------------------------------------
