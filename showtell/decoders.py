@@ -265,9 +265,12 @@ class _AttendingDecoder(Decoder):
             told_steps.append(told)
             alpha_steps.append(alphas)
         logits = self._classify(words, *(torch.cat(told) for told in zip(*told_steps, strict=True)))
-        alphas = torch.cat(alpha_steps)
-        full = (tensor.new_zeros(b * k, n_steps, tensor.shape[1]) for tensor in (logits, alphas))
-        return tuple(all_.index_put((rows, steps), tensor) for all_, tensor in zip(full, (logits, alphas), strict=True))
+
+        def spread(found: Tensor) -> Tensor:
+            """Back into `(B*K, T-1, …)`, zero where nothing was computed."""
+            return found.new_zeros(b * k, n_steps, found.shape[1]).index_put((rows, steps), found)
+
+        return spread(logits), spread(torch.cat(alpha_steps))
 
     def _read(self, words: Tensor) -> Tensor:
         """Words `(…)` -> what `_look` is given of them, `(…, size)`."""

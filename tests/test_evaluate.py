@@ -80,7 +80,7 @@ def loader_of(captions: CaptionSet, vocab: Vocabulary, batch_size: int = 4, **op
 @pytest.mark.parametrize("beam_size", [1, 3])
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_data_set_is_captioned_as_its_pictures_are_one_by_one(decoder, beam_size, scenes, vocab):
-    model, rules = model_of(decoder, vocab), Rules.of(vocab, max_len=8)
+    model, rules = model_of(decoder, vocab), Rules.of(vocab, min_len=2, max_len=8)
     model.train()  # it must not matter
     found = write_captions(model, loader_of(scenes, vocab), rules, beam_size)
     assert list(found) == [f"val-0-{i}" for i in range(11)]
