@@ -191,7 +191,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_all_five_run_in_order_from_a_clean_state(checkout: Path, monkeypatch: pytest.MonkeyPatch):
     """What each takes is printed (`pytest -s`); on a busy machine their CPU time is held to the limit instead."""
@@ -200,6 +199,7 @@ def test_all_five_run_in_order_from_a_clean_state(checkout: Path, monkeypatch: p
     pytest.importorskip("ipykernel")
     resource = pytest.importorskip("resource")
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses its own, which draws into the notebook
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # and uses the machine as a reader's would
     took, before = {}, resource.getrusage(resource.RUSAGE_CHILDREN)
     for name in NAMES:
         notebook = nbformat.read(checkout / f"{name}.ipynb", as_version=4)
@@ -222,7 +222,7 @@ def test_all_five_run_in_order_from_a_clean_state(checkout: Path, monkeypatch: p
     wall = sum(took.values()) / 60
     cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
     print(f"together {wall:.1f} minutes, {cpu:.1f} of CPU")
-    assert min(wall, cpu) <= MAX_MINUTES
+    assert wall <= MAX_MINUTES or cpu <= 2 * MAX_MINUTES  # of two cores, which others may be using too
     assert (checkout / "runs" / "notebook" / "best.safetensors").is_file()
 
 
