@@ -227,6 +227,8 @@ def _train(args: argparse.Namespace) -> int:
         given["num_workers"] = args.workers
     if args.encoder_weights:
         given["weights"] = args.encoder_weights
+    if args.init:
+        given["init"] = str(find_model(args.init))  # as the run keeps it, for --resume
     if args.resume:
         _refuse_changes(args, settings, {name: given.pop(name) for name in (*begun, "weights") if name in given})
         if args.dry_run:
@@ -234,10 +236,8 @@ def _train(args: argparse.Namespace) -> int:
         trainer = Trainer.resume(args.out, device=_device(args), **given)
     else:
         recipe = recipe_named(args.recipe) if args.recipe else Recipe()
-        if args.init:
-            given["init"] = str(find_model(args.init))
-            if not args.recipe:
-                recipe = Recipe(**read_header(given["init"])["meta"].get("recipe", {}))
+        if args.init and not args.recipe:
+            recipe = recipe.with_settings(read_header(given["init"])["meta"].get("recipe", {}))
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
         run = Run(out=args.out, device=_device(args), **given)

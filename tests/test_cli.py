@@ -593,6 +593,8 @@ def test_a_run_that_starts_from_a_model_takes_its_recipe(own_data, finished_run,
     assert main([*arguments, str(finished_run), "--dry-run"]) == 0
     assert "tiny + show-tell" in capsys.readouterr().err
     refused(capsys, [*arguments, str(finished_run), "--decoder", "attend"], "decoder name=show-tell", "name=attend")
+    assert main([*arguments, str(finished_run)]) == 0
+    assert main([*arguments, str(finished_run), "--resume"]) == 0  # typed again as it was, and with nothing left to do
     refused(capsys, [*arguments, "nonesuch"], "there is no model nonesuch")
 
 
