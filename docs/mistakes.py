@@ -46,8 +46,7 @@ def mistakes(written: str, true: list[str]) -> set[str]:
 
 def main(path: str, dataset: str, data_dir: str, split: str) -> None:
     """Prints a table of shares."""
-    captions = datasets.load(dataset, data_dir, split)
-    true = {str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True)}
+    true = datasets.load(dataset, data_dir, split).references()
     with open(path, encoding="utf-8") as file:
         written = {str(row["image_id"]): row["caption"] for row in json.load(file)}
     ours = Counter(kind for name, text in written.items() for kind in mistakes(text, true[name]))

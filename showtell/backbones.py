@@ -90,14 +90,14 @@ class Backbone(nn.Module):
 
     def finish(self, features: Tensor) -> Tensor:
         """Goes on from what `stem()` gave for square pictures, `(B, D)` or `(B, L, C)`, to what `forward` gives."""
-        if not (n_frozen := self._frozen_layers() if self.trainable else 0):
+        if not (n_frozen := self._frozen_layers()):
             return features
         side = math.isqrt(features.shape[1])
         maps = features.transpose(1, 2).unflatten(2, (side, side))  # in memory channels last, which convolutions like
         return self._pool(self.net[n_frozen:](maps))
 
     def _frozen_layers(self) -> int:
-        """How many layers come before the first that trains; 0 where they cannot be told apart."""
+        """How many layers come before the first that trains; 0 where none does, or they cannot be told apart."""
         if not isinstance(self.net, nn.Sequential):
             return 0
         trains = (any(p.requires_grad for p in layer.parameters()) for layer in self.net)

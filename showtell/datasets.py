@@ -73,6 +73,10 @@ class CaptionSet:
         for captions in self.captions:
             yield from captions
 
+    def references(self) -> dict[str, list[str]]:
+        """The captions of each image by its id, written as a string: what the scores compare with."""
+        return {str(i): captions for i, captions in zip(self.image_ids, self.captions, strict=True)}
+
     def subset(self, n: int, seed: int = 0) -> CaptionSet:
         """`n` images drawn by `seed`, in their old order; all of them if there are no more than `n`."""
         if n < 1:

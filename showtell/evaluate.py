@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from showtell import datasets, metrics, scoring
@@ -25,15 +24,6 @@ from showtell.files import write_json
 from showtell.model import CaptionModel, Loss, caption_loss
 from showtell.report import Tile
 from showtell.results import write_results
-
-
-def encode(model: CaptionModel, images: Tensor) -> Tensor:
-    """What the decoder reads: from pictures `(B, 3, S, S)`, or from what a cache holds of them."""
-    return model.encoder(images if images.dim() == 4 else images.to(_dtype(model)))
-
-
-def _dtype(model: CaptionModel) -> torch.dtype:
-    return next(model.decoder.parameters()).dtype
 
 
 def image_loader(
@@ -69,7 +59,7 @@ def perplexity(
             on_batch()
         captions = captions.to(device)
         images = images.to(device)
-        logits, _ = model.decoder.teacher_force(encode(model, images), captions.flatten(0, -2))
+        logits, _ = model(images, captions)
         loss = caption_loss(logits, captions)
         nll += loss.nll.item()
         words += int(loss.words)
@@ -103,7 +93,7 @@ def write_captions(
         for images, captions in loader:
             if on_batch:
                 on_batch()
-            features = encode(model, images.to(device))
+            features = model.encoder(images.to(device))
             found += [best[0] for best in beam_search(model.decoder, features, rules, beam_size)]
             if losses is not None:
                 captions = captions.to(device)
@@ -206,9 +196,7 @@ def evaluate(
             f"none of the {len(captions)} pictures of {captions.name} {captions.split} can be read; mend them first"
         )
     written = {i: Caption.of(h, captioner.vocab) for i, h in found.items()}
-    references = {
-        str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True) if str(i) in written
-    }
+    references = {i: texts for i, texts in captions.references().items() if i in written}
     texts = {i: caption.text for i, caption in written.items()}
     ppl = metrics.perplexity(sum(float(loss.nll) for loss in losses), sum(int(loss.words) for loss in losses))
     training = None if isinstance(dataset, CaptionSet) else _training_captions(dataset, data_dir)

@@ -367,7 +367,7 @@ class FeatureCache:
     def _on_device(self, device: str | torch.device) -> Callable[[Tensor], np.ndarray]:
         """The backbone as a function from pictures `(N, 3, S, S)` to half-precision rows."""
         device = torch.device(device)
-        backbone = copy.deepcopy(self._backbone).to(device, memory_format=torch.channels_last)
+        backbone = copy.deepcopy(self._backbone).to(device)
         reduced = self._precision == "bfloat16"
 
         @torch.inference_mode()

@@ -47,9 +47,13 @@ class EncoderCNN(nn.Module):
             self.embed = nn.Sequential(self.embed, _BatchNorm(embed_size, momentum=0.01))
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` -> `(B, E)`, or `(B, L, E)` with a grid; from what `backbone.stem()` gave, likewise."""
-        features = self.backbone(images) if images.dim() == 4 else self.backbone.finish(images)
-        return self.embed(features)
+        """`(B, 3, S, S)` -> `(B, E)`, or `(B, L, E)` with a grid; likewise from what a cache holds of them.
+
+        A cache holds what `backbone.stem()` gives, in half precision, which is brought to that of the weights.
+        """
+        if images.dim() == 4:
+            return self.embed(self.backbone(images))
+        return self.embed(self.backbone.finish(images.to(next(self.embed.parameters()).dtype)))
 
 
 class _BatchNorm(nn.BatchNorm1d):

@@ -292,8 +292,6 @@ class Trainer:
         images = images.to(self.device, non_blocking=True)
         captions = captions.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast()):
-            if images.dtype == torch.float16:
-                images = images.float()
             logits, alphas = self.model(images, drop_words(captions, self.recipe.word_dropout, self.vocab.unk_id))
         loss = caption_loss(logits, captions, self.recipe.label_smoothing)
         objective = loss.objective / loss.words
@@ -331,8 +329,7 @@ class Trainer:
         found = write_captions(
             self.model, self.scored, rules, self.recipe.beam_size, self.device, on_batch=self._stop_if_asked
         )
-        captions = self.scored.dataset.captions
-        references = {str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True)}
+        references = self.scored.dataset.captions.references()
         written = {i: self.vocab.decode(h.ids) for i, h in found.items()}
         scores = metrics.score({i: references[i] for i in written}, written).corpus
         return {

@@ -18,7 +18,7 @@ from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS
 from showtell.decoding import Rules, beam_search
 from showtell.errors import UserError
-from showtell.evaluate import encode, evaluate, image_loader, perplexity, write_captions
+from showtell.evaluate import evaluate, image_loader, perplexity, write_captions
 from showtell.features import FeatureCache
 from showtell.model import CaptionModel
 from showtell.transforms import Transform
@@ -159,8 +159,10 @@ def test_encode_takes_pictures_and_cached_features(scenes, vocab, tmp_path):
     cache.build(scenes, progress=False)
     images = torch.stack([TRANSFORM(scenes.image(i)) for i in range(11)])
     with torch.no_grad():
-        torch.testing.assert_close(encode(model, images), model.encoder(images), rtol=0, atol=0)
-        from_cache = encode(model, cache.get(cache.rows(scenes)))
+        torch.testing.assert_close(
+            model.encoder.embed(model.encoder.backbone(images)), model.encoder(images), rtol=0, atol=0
+        )
+        from_cache = model.encoder(cache.get(cache.rows(scenes)))
         torch.testing.assert_close(from_cache, model.encoder(images), rtol=0, atol=0.03)  # of a deviation of 3
     cached = CaptionDataset(scenes, vocab, TRANSFORM, "val", "image", cache=cache)
     rules = Rules.of(vocab, max_len=8)
@@ -211,7 +213,7 @@ def test_evaluate_scores_what_the_captioner_writes(saved, scenes, tmp_path):
 
     rows = json.loads((saved.parent / "best-folder-val" / "captions.json").read_text())
     assert rows == [{"image_id": int(i), "caption": caption.text} for i, caption in alone.items()]  # ids as they were
-    references = {str(i): texts for i, texts in zip(data.image_ids, data.captions, strict=True)}
+    references = data.references()
     scores = metrics.score({i: references[i] for i in alone}, {i: caption.text for i, caption in alone.items()})
     document = json.loads(json.dumps(found.to_json()))
     assert (document["images"], document["split"], document["beam_size"]) == (10, "val", 2)
