@@ -170,7 +170,9 @@ def _seed(text: str) -> int:
 
 
 def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:
-    parser.add_argument("--dataset", default=dataset, help="coco, karpathy, flickr8k, folder or synthetic (default)")
+    parser.add_argument(
+        "--dataset", default=dataset, help="coco, karpathy, flickr8k, folder or synthetic (default); several: a,b"
+    )
     parser.add_argument("--data-dir", metavar="DIR", help="its folder, such as data/flickr8k")
 
 

@@ -58,6 +58,7 @@ class CaptionDataset(Dataset):
         seed: int = 0,
         cache: FeatureCache | None = None,
         captions_per_image: int = 0,
+        mirror_cache: FeatureCache | None = None,
     ) -> None:
         """Encodes every caption once.
 
@@ -71,15 +72,18 @@ class CaptionDataset(Dataset):
             seed: of the augmentation and of `get_train_indices`.
             cache: features of these images to hand out in place of pictures.
             captions_per_image: in training by image, draw so many of an image's captions anew each epoch; 0 is all.
+            mirror_cache: features of their mirror images, for a transform that flips.
         """
         if mode not in MODES or group not in GROUPS:
             raise UserError(f"mode={mode!r}, group={group!r} cannot be; modes are {MODES} and groups are {GROUPS}")
         self.captions, self.vocab, self.mode, self.group = captions, vocab, mode, group
         self.transform = transform.evaluation() if isinstance(transform, Transform) and mode != "train" else transform
         self.batch_size, self.seed = batch_size, seed
-        self.cache = cache
+        self.cache, self.mirror_cache = cache, mirror_cache
         self.captions_per_image = captions_per_image if mode == "train" else 0
         self.rows = None if cache is None else cache.rows(captions)
+        self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(captions)
+        self._mirror_word = {vocab(a): vocab(b) for a, b in (("left", "right"), ("right", "left")) if a in vocab}
         encoded = [vocab.encode(text) for texts in captions.captions for text in texts]
         self._ids = np.fromiter((i for ids in encoded for i in ids), np.int32)
         self._ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
@@ -112,30 +116,43 @@ class CaptionDataset(Dataset):
         try:
             if self.mode == "test":
                 original = self.captions.image(image_index)
-                return original.permute(1, 2, 0).numpy(), self._transformed(original, image_index)
-            image = self._image(image_index, int(index))
+                return original.permute(1, 2, 0).numpy(), self._transformed(original)
+            key = (self.seed, int(self._epoch), int(index))
+            flipped = self._flips(key)
+            image = self._image(image_index, key, flipped)
         except (BrokenImageError, MissingFileError) as error:
             path, reason = str(self.captions.path(image_index)), str(error)
             return Broken(path, reason if path in reason else f"{path}: {reason}")
         if self.group == "length":
-            return image, self.caption_ids(int(index))
+            return image, self._caption(int(index), flipped)
         numbers = range(*self._first_caption[image_index : image_index + 2])
         if 0 < self.captions_per_image < len(numbers):
             draw = random.Random(f"{self.seed}/{int(self._epoch)}/{image_index}")
             numbers = draw.sample(numbers, self.captions_per_image)
-        return image, [self.caption_ids(n) for n in numbers]
+        return image, [self._caption(n, flipped) for n in numbers]
 
-    def _image(self, image_index: int, sample: int) -> Tensor:
-        if self.cache is not None:
-            row = self.rows[image_index]
-            if row < 0:
-                raise BrokenImageError(f"{self.captions.path(image_index)} has no cached features")
-            return self.cache[row]
-        return self._transformed(self.captions.image(image_index), sample)
+    def _flips(self, key: tuple) -> bool:
+        if self.mode != "train" or not isinstance(self.transform, Transform):
+            return False
+        return (self.cache is None or self.mirror_cache is not None) and self.transform.flips(key)
 
-    def _transformed(self, image: Tensor, sample: int) -> Tensor:
+    def _caption(self, n: int, flipped: bool) -> Tensor:
+        ids = self.caption_ids(n)
+        if flipped:  # what was on the left is on the right
+            ids = torch.tensor([self._mirror_word.get(word, word) for word in ids.tolist()])
+        return ids
+
+    def _image(self, image_index: int, key: tuple, flipped: bool) -> Tensor:
+        if self.cache is None:
+            return self._transformed(self.captions.image(image_index), key)
+        cache, rows = (self.mirror_cache, self.mirror_rows) if flipped else (self.cache, self.rows)
+        if rows[image_index] < 0:
+            raise BrokenImageError(f"{self.captions.path(image_index)} has no cached features")
+        return cache[rows[image_index]]
+
+    def _transformed(self, image: Tensor, key: tuple | None = None) -> Tensor:
         if isinstance(self.transform, Transform):
-            return self.transform(image, (self.seed, int(self._epoch), sample) if self.mode == "train" else None)
+            return self.transform(image, key if self.mode == "train" else None)
         if self.transform is None:
             return image
         from torchvision.transforms.v2.functional import to_pil_image
@@ -356,6 +373,7 @@ def get_loader(
     group: str = "length",
     captions_per_image: int = 0,
     cache: FeatureCache | None = None,
+    mirror_cache: FeatureCache | None = None,
     seed: int = 0,
     shuffle: bool | None = None,
     rank: int = 0,
@@ -386,6 +404,7 @@ def get_loader(
         group: `"length"` or `"image"`, see the module.
         captions_per_image: with `group="image"` in training, so many captions drawn anew each epoch; 0 is all.
         cache: features to hand out in place of pictures.
+        mirror_cache: those of their mirror images, for a transform that flips.
         seed: of shuffling and augmentation.
         shuffle: by default all modes but `"val"`.
         rank: this process among `world_size`.
@@ -413,7 +432,9 @@ def get_loader(
         captions = datasets.load(dataset, data_dir, split or ("val" if (dataset, mode) == ("coco", "test") else mode))
     if vocab is None:
         vocab = _vocabulary(captions, vocab_threshold, vocab_file, vocab_from_file)
-    samples = CaptionDataset(captions, vocab, transform, mode, group, batch_size, seed, cache, captions_per_image)
+    samples = CaptionDataset(
+        captions, vocab, transform, mode, group, batch_size, seed, cache, captions_per_image, mirror_cache
+    )
     options = {"seed": seed, "shuffle": mode != "val" if shuffle is None else shuffle}
     options |= {"rank": rank, "world_size": world_size}
     if group == "length" and mode != "test":

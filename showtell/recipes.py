@@ -31,7 +31,7 @@ class Recipe:
         dropout: on the decoder's inputs and outputs. tie_embeddings: one matrix for reading and writing words.
         resize, squash, crop: the pictures' size: `resize` for the shorter side and a square `crop` of it, or, with
             `squash`, the whole picture brought to `resize` x `resize`.
-        random_crop, flip: augmentation while training from pictures.
+        random_crop, flip: augmentation; random crops need the pictures themselves, flips a second cache.
         tokenizer, threshold: of the vocabulary.
         group: what is batched, captions of one `length` or each `image` with all its captions, or, with
             `captions_per_image`, so many of them drawn anew each epoch.

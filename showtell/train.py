@@ -56,8 +56,8 @@ class Run:
         val_images: how many validation images are captioned and scored every epoch; 0 is all.
         best_by: what the best checkpoint is best by. patience: stop after so many epochs without a better one; 0 never.
         device: `"cpu"`, `"cuda"`, …. num_workers: loader processes.
-        features: folder of the feature cache, `""` for no cache; it serves training without augmentation, and holds
-            what the backbone's frozen layers give.
+        features: folder of the feature cache, `""` for no cache; it holds what the backbone's frozen layers give, and
+            serves training without random crops.
         save_minutes: how often the run is saved inside an epoch. print_every: steps between log lines.
         max_broken: unreadable pictures left out before the run stops. tensorboard: whether to write its event files.
     """
@@ -165,13 +165,17 @@ class Trainer:
 
     def _open_loaders(self, dry: bool) -> None:
         recipe, run = self.recipe, self.run
-        cache = None
+        cache = mirror_cache = None
         stem = self.model.encoder.backbone.stem()  # what the whole run leaves as it is
-        if run.features and not dry and stem and self.transform == self.transform.evaluation():
+        if run.features and not dry and stem and not recipe.random_crop:
             precision = "bfloat16" if self._autocast() else "float32"
-            cache = FeatureCache.open(run.features, stem, self.transform, precision)
-            for captions in (self.train_set, self.val_set):
-                cache.build(captions, device=self.device, num_workers=run.num_workers, max_broken=run.max_broken)
+            cache = FeatureCache.open(run.features, stem, self.transform.evaluation(), precision)
+            wanted = [(cache, self.train_set), (cache, self.val_set)]
+            if recipe.flip:
+                mirror_cache = FeatureCache.open(run.features, stem, self.transform.evaluation(), precision, True)
+                wanted.append((mirror_cache, self.train_set))
+            for of, captions in wanted:
+                of.build(captions, device=self.device, num_workers=run.num_workers, max_broken=run.max_broken)
         options = {"vocab": self.vocab, "cache": cache, "num_workers": run.num_workers, "max_broken": run.max_broken}
         self.loader = get_loader(
             self.transform,
@@ -180,6 +184,7 @@ class Trainer:
             dataset=self.train_set,
             group=recipe.group,
             captions_per_image=recipe.captions_per_image,
+            mirror_cache=mirror_cache,
             seed=run.seed,
             **options,
         )

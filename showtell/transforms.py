@@ -95,8 +95,8 @@ def frames(source: str | os.PathLike | bytes) -> int:
 class Transform:
     """How a picture becomes a network's input: resize, crop, flip, normalise.
 
-    A `flip` makes every "left" and "right" of a caption a lie: leave it off where captions say them, as the synthetic
-    ones do, or mirror the words too (`mirror_caption`).
+    A `flip` makes every "left" and "right" of a caption a lie: the loader swaps the two words in the captions of a
+    picture that it mirrors, and `mirror_caption` swaps them in a text.
 
     Args:
         resize: An int makes the shorter side that long; a pair (S, S) squashes the whole picture; None leaves it.
@@ -161,10 +161,14 @@ class Transform:
             else:
                 top, left = (round(room / 2) for room in spare)  # to even, as torchvision's center crop
             image = image[:, top : top + self.crop, left : left + self.crop]
-        if rng and self.flip and rng.random() < 0.5:
+        if self.flips(key):
             image = image.flip(-1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (image / 255).sub_(mean).div_(std)
+
+    def flips(self, key: tuple | None) -> bool:
+        """Whether the picture of this key is mirrored."""
+        return self.flip and key is not None and Random(repr(("flip", *key))).random() < 0.5
 
     @property
     def size(self) -> int | None:

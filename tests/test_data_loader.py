@@ -62,6 +62,24 @@ def as_bytes(batches) -> list[tuple]:
     return [(images.numpy().tobytes(), captions.tolist()) for images, captions in batches]
 
 
+def test_a_mirrored_picture_swaps_left_and_right_in_its_captions():
+    one = datasets.load("synthetic", n=1)
+    texts = ["a dog left of a cat", "the right hand"]
+    captions = CaptionSet("folder", "train", ["0"] * 40, [texts] * 40, ["0"] * 40, ".")
+    captions.image = lambda i: one.image(0)
+    vocab = Vocabulary.build(texts, 1)
+    samples = CaptionDataset(captions, vocab, Transform(resize=(32, 32), flip=True), group="image")
+    plain = samples.transform.evaluation()(one.image(0))
+    seen = set()
+    for image, (first, second) in (samples[i] for i in range(40)):
+        mirrored = not torch.equal(image, plain)
+        assert torch.equal(image, plain.flip(-1) if mirrored else plain)
+        assert vocab.decode(first) == ("A dog right of a cat" if mirrored else "A dog left of a cat")
+        assert vocab.decode(second) == ("The left hand" if mirrored else "The right hand")
+        seen.add(mirrored)
+    assert seen == {True, False}
+
+
 # ---- Samplers: which samples, in what batches --------------------------------------------------------------------
 
 

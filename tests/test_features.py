@@ -65,6 +65,18 @@ def assert_holds(cache: FeatureCache, backbone: Backbone, images: CaptionSet) ->
     assert fresh.std(0).max() > 1e-3, "the pictures look alike to this backbone: the comparison proves nothing"
 
 
+def test_mirror_images_have_a_cache_of_their_own(images, backbone, tmp_path):
+    plain = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+    mirrored = FeatureCache.open(tmp_path / "cache", backbone, TINY, mirrored=True)
+    assert plain.folder != mirrored.folder
+    mirrored.build(images)
+    assert len(plain) == 0
+    with torch.inference_mode():
+        fresh = backbone(torch.stack([TINY(images.image(i)).flip(-1) for i in range(len(images))]))
+    torch.testing.assert_close(mirrored.get(mirrored.rows(images)).float(), fresh, rtol=2**-10, atol=1e-6)
+    assert (fresh - fresh_features(backbone, TINY, images)).abs().max() > 1e-3
+
+
 @pytest.fixture
 def images(tmp_path: Path) -> CaptionSet:
     return write_pictures(tmp_path / "pictures", 10)

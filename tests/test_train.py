@@ -574,12 +574,17 @@ def test_an_unknown_layer_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("decoder", "fine_tune"),
-    [("show-tell", ""), ("attend", ""), ("top-down", "layer4"), ("show-tell", "layer3,layer4")],
+    ("decoder", "fine_tune", "flip"),
+    [
+        ("show-tell", "", False),
+        ("attend", "", True),
+        ("top-down", "layer4", True),
+        ("show-tell", "layer3,layer4", False),
+    ],
 )
-def test_training_from_the_cache_equals_training_from_pictures(decoder, fine_tune, tmp_path, no_files):
+def test_training_from_the_cache_equals_training_from_pictures(decoder, fine_tune, flip, tmp_path, no_files):
     recipe = RESNET.with_settings({"decoder": decoder, "dropout": 0.3, "resize": 64, "crop": 64, "lr": 5e-3})
-    recipe = recipe.with_settings({"fine_tune": fine_tune, "backbone_lr": 1e-3})
+    recipe = recipe.with_settings({"fine_tune": fine_tune, "backbone_lr": 1e-3, "flip": flip})
     data = drawn(12), drawn(3, "val")
     cached = trainer_in(tmp_path / "cached", recipe, *data, features=str(tmp_path / "features"))
     assert cached.loader.dataset.cache is not None
@@ -615,8 +620,9 @@ def test_where_the_first_layer_trains_there_is_nothing_to_cache(tmp_path):
     assert not (tmp_path / "features").exists()
 
 
-def test_augmentation_keeps_the_cache_away(tmp_path):
-    trainer = trainer_in(tmp_path, RESNET.with_settings({"flip": True}), features=str(tmp_path / "features"))
+def test_random_crops_keep_the_cache_away(tmp_path):
+    recipe = RESNET.with_settings({"resize": 36, "random_crop": True})
+    trainer = trainer_in(tmp_path, recipe, features=str(tmp_path / "features"))
     assert trainer.loader.dataset.cache is None
     assert not (tmp_path / "features").exists()
 
