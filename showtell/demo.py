@@ -119,20 +119,14 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     return rates
 
 
-def caption_photographs(device: str = "cpu", model: str | None = None) -> list[Card]:
-    """What a model, the released one if none is named, says of scikit-image's photographs.
-
-    Returns:
-        a card for each; none where there is no such package, or none is named and none released.
-    """
+def caption_photographs(device: str = "cpu") -> list[Card]:
+    """What the released model says of scikit-image's photographs; empty where there is no such model or package."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).parent / "data" if package else Path()
     paths = [folder / name for name in PHOTOGRAPHS if package and (folder / name).is_file()]
     try:
-        captioner = load(model, device)
+        captioner = load(device=device)
     except MissingFileError:
-        if model:
-            raise
         return []
     found = ((path, captioner.caption(path)[0]) for path in paths)
     return [Card(path, path.name, c.text, (), c.words, c.word_probs, c.score) for path, c in found]

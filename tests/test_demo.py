@@ -167,8 +167,8 @@ def small(tmp_path_factory):
 def test_it_writes_a_page_a_picture_and_a_model(small):
     folder, _, _ = small
     page = (folder / "index.html").read_text()
-    assert page.count('<li class="card') == 40
-    assert page.count("data:image/") == 40
+    assert page.count('<li class="card') == 40 + len(demo.PHOTOGRAPHS)
+    assert page.count("data:image/") == 40 + len(demo.PHOTOGRAPHS)
     assert "64 drawn scenes" in page
     for words in ("right, seen combinations", "right, unseen combinations", "best constant caption", "Loss"):
         assert words in page
@@ -189,7 +189,7 @@ def test_it_prints_the_rates_five_captions_and_where_things_are(small):
     assert [float(number) for number in found.groups()] == pytest.approx(
         [100 * rates[name] for name in ("seen", "unseen", "constant")], abs=0.051
     )
-    assert len(re.findall(r"(?m)^  ", printed)) == 5
+    assert len(re.findall(r"(?m)^  ", printed)) == 5 + len(demo.PHOTOGRAPHS)
     assert str(folder / "index.html") in printed
     assert str(folder / "demo.png") in printed
     assert json.loads((folder / "demo.json").read_text()) == rates

@@ -86,11 +86,11 @@ def test_there_are_commands_for_every_purpose():
     assert {shlex.split(line)[1] for line in COMMANDS} >= {"train", "evaluate", "caption", "score"}
 
 
-def test_the_snippet_runs(home, model, monkeypatch, capsys):
+def test_the_snippet_runs(home, monkeypatch, capsys):
     (snippet,) = [block for kind, block in BLOCKS if kind == "python"]
     monkeypatch.chdir(home)
-    exec(snippet.replace('load("runs/flickr8k")', f"load({str(model)!r})"), {})
-    assert capsys.readouterr().out.endswith("\n")  # an untrained model may have nothing to say
+    exec(snippet, {})
+    assert len(capsys.readouterr().out.split()) > 2
 
 
 def test_the_tree_is_the_checkouts():

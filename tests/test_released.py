@@ -1,0 +1,93 @@
+"""The released models: small enough, as their card says, and still saying and scoring what they did when released."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import showtell
+from showtell import datasets, demo, metrics, synthetic
+from showtell.captioner import Captioner
+from showtell.checkpoint import read_header
+from showtell.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = sorted((ROOT / "models").glob("*.safetensors"))
+GOLDEN = Path(__file__).resolve().parent / "golden" / "released.json"
+CARD = (ROOT / "models" / "README.md").read_text("utf-8")
+
+every_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module")
+def captioners() -> dict[str, Captioner]:
+    return {path.stem: showtell.load(path, "cpu") for path in MODELS}
+
+
+def said(captioner: Captioner) -> dict[str, str]:
+    """What a model says of five drawn pictures and of scikit-image's photographs."""
+    drawn = datasets.load("synthetic", split="test", n=5, size=224)
+    pictures = {f"drawn {i}": drawn.image(i) for i in range(5)}
+    pictures |= {card.title: card.image for card in demo.caption_photographs("cpu")}
+    return {name: captioner.caption(picture)[0].text for name, picture in pictures.items()}
+
+
+def test_there_is_a_model_with_attention():
+    assert [path.stem.rsplit("-", 1)[0] for path in MODELS] == ["showtell-attend"]
+
+
+@every_model
+def test_it_is_small_half_precision_and_the_one_on_the_card(path):
+    assert path.stat().st_size <= 90e6
+    assert path.stat().st_size < 2.1 * sum(p.numel() for p in showtell.load(path, "cpu").model.parameters())
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in CARD
+
+
+def test_without_a_name_it_is_the_one_with_attention():
+    pytest.importorskip("skimage")
+    coffee = next(card for card in demo.caption_photographs("cpu") if card.title == "coffee.png")
+    attend = next(path for path in MODELS if path.stem.startswith("showtell-attend"))
+    assert showtell.load(device="cpu").caption(coffee.image)[0].text == coffee.predicted
+    assert showtell.load(attend, "cpu").caption(coffee.image)[0].text == coffee.predicted
+
+
+@every_model
+def test_the_roots_vocabulary_is_theirs(path):
+    assert Vocabulary.from_dict(read_header(path)["vocabulary"]) == Vocabulary.load(ROOT / "vocab.pkl")
+
+
+@every_model
+def test_its_captions_are_golden(path, captioners):
+    """`SHOWTELL_GOLDEN=write` writes them anew, for a new release."""
+    pytest.importorskip("skimage")
+    golden = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
+    now = said(captioners[path.stem])
+    if os.environ.get("SHOWTELL_GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps({**golden, path.stem: now}, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    else:
+        assert now == golden[path.stem]
+
+
+def test_attention_sums_to_one_at_every_word(captioners):
+    captioner = next(c for name, c in captioners.items() if name.startswith("showtell-attend"))
+    features = captioner.encode(
+        [torch.from_numpy(synthetic.draw(synthetic.scene(i), 224)).permute(2, 0, 1) for i in (0, 1)]
+    )
+    for (caption,) in captioner.decode(features, alphas=True):
+        assert caption.alphas.shape == (len(caption.words), 7, 7)
+        torch.testing.assert_close(torch.as_tensor(caption.alphas).sum((1, 2)), torch.ones(len(caption.words)))
+
+
+@every_model
+def test_the_scores_of_its_captions_reproduce(path, flickr8k):
+    """The captions of Flickr8k's test split are kept with the scores they had."""
+    kept = json.loads((GOLDEN.parent / f"{path.stem}-flickr8k-test.json").read_text("utf-8"))
+    captions = datasets.load("flickr8k", flickr8k, "test")
+    references = {str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True)}
+    scores = metrics.score(references, kept["captions"]).corpus
+    assert {name: round(scores[name], 4) for name in kept["scores"]} == kept["scores"]
