@@ -40,15 +40,13 @@ def main() -> None:
     args = parser.parse_args()
     without = {i["id"] for i in json.loads(Path(args.without).read_text("utf-8"))["images"]} if args.without else set()
 
-    captions = {}
+    rng, val, train = random.Random(0), [], []
     for file in args.files:
         path, _, number = file.partition(":")
-        captions[path, int(number or 0)] = read(path, without)
-    rng, val, train = random.Random(0), [], []
-    for (_, number), texts in captions.items():
+        texts = read(path, without)
         rng.shuffle(texts)
         val += texts[:N_VAL]
-        train += texts[N_VAL : N_VAL + number if number else None]
+        train += texts[N_VAL : N_VAL + int(number) if number else None]
 
     folder = Path(args.out)
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -132,9 +132,8 @@ class CaptionDataset(Dataset):
         return image, [self._caption(n, flipped) for n in numbers]
 
     def _flips(self, key: tuple) -> bool:
-        if self.mode != "train" or not isinstance(self.transform, Transform):
-            return False
-        return (self.cache is None or self.mirror_cache is not None) and self.transform.flips(key)
+        mirrors = self.cache is None or self.mirror_cache is not None
+        return mirrors and isinstance(self.transform, Transform) and self.transform.flips(key)
 
     def _caption(self, n: int, flipped: bool) -> Tensor:
         ids = self.caption_ids(n)
@@ -152,7 +151,7 @@ class CaptionDataset(Dataset):
 
     def _transformed(self, image: Tensor, key: tuple | None = None) -> Tensor:
         if isinstance(self.transform, Transform):
-            return self.transform(image, key if self.mode == "train" else None)
+            return self.transform(image, key)
         if self.transform is None:
             return image
         from torchvision.transforms.v2.functional import to_pil_image

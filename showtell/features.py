@@ -52,13 +52,13 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of change in nanoseconds
 
 
-def fingerprint(backbone: Backbone, transform: Transform, precision: str = "float32", mirrored: bool = False) -> str:
-    """64 characters that differ when the features would: weights, network, strides, grid, transform, precision, mirror.
+def fingerprint(backbone: Backbone, transform: Transform, precision: str = "float32") -> str:
+    """64 characters that differ when the features would: weights, network, strides, grid, transform or precision.
 
     The strides are in it because two ResNets with the same weights may differ in nothing else (see `Backbone`).
     """
     strides = [(name, repr(getattr(module, "stride", None))) for name, module in backbone.net.named_modules()]
-    network = [backbone.name, backbone.grid, strides, transform.fingerprint(), precision] + ["mirrored"] * mirrored
+    network = [backbone.name, backbone.grid, strides, transform.fingerprint(), precision]
     digest = hashlib.sha256(json.dumps(network).encode())
     for name, tensor in backbone.net.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -102,13 +102,12 @@ class FeatureCache:
         backbone: Backbone | None = None,
         transform: Transform | None = None,
         precision: str = "float32",
-        mirrored: bool = False,
     ) -> None:
         """Use `open`."""
         self.folder, self.shape = folder, shape
         self._features_file, self._index_file = folder / "features.f16", folder / "index.jsonl"
         self._row_bytes = 2 * math.prod(shape)
-        self._backbone, self._transform, self._precision, self._mirrored = backbone, transform, precision, mirrored
+        self._backbone, self._transform, self._precision = backbone, transform, precision
         self._forget()
 
     def _forget(self) -> None:
@@ -121,12 +120,7 @@ class FeatureCache:
 
     @classmethod
     def open(
-        cls,
-        folder: str | os.PathLike,
-        backbone: Backbone,
-        transform: Transform,
-        precision: str = "float32",
-        mirrored: bool = False,
+        cls, folder: str | os.PathLike, backbone: Backbone, transform: Transform, precision: str = "float32"
     ) -> FeatureCache:
         """Opens, or begins, the cache of a backbone and a transform inside `folder`, which holds many.
 
@@ -136,7 +130,6 @@ class FeatureCache:
             transform: one without chance, that makes squares.
             precision: how the network computes, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has
                 it, and exact to two or three digits); the features are kept in half precision either way.
-            mirrored: whether they are those of the pictures' mirror images.
 
         Raises:
             UserError: the backbone trains, or the transform is random or keeps a picture's proportions.
@@ -164,15 +157,15 @@ class FeatureCache:
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
 
-        key = fingerprint(backbone, transform, precision, mirrored)
+        key = fingerprint(backbone, transform, precision)
         folder = Path(folder).absolute() / key[:16]
         with torch.inference_mode():
             black = torch.zeros(1, 3, transform.size, transform.size, device=next(backbone.parameters()).device)
             shape = tuple(backbone(black).shape[1:])
         if not (folder / "cache.json").exists():  # for people; nothing reads it
             about = {"fingerprint": key, "backbone": backbone.name, "shape": shape, "precision": precision}
-            write_json(folder / "cache.json", about | {"mirrored": mirrored, "transform": transform.to_dict()})
-        return cls(folder, shape, backbone, transform, precision, mirrored)
+            write_json(folder / "cache.json", about | {"transform": transform.to_dict()})
+        return cls(folder, shape, backbone, transform, precision)
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.folder)!r}, shape={self.shape}, rows={len(self)})"
@@ -302,7 +295,7 @@ class FeatureCache:
         """
         if self._backbone is None:
             raise UserError(f"a copy of {self!r} made for reading cannot build; open it with FeatureCache.open")
-        if self.folder.name != fingerprint(self._backbone, self._transform, self._precision, self._mirrored)[:16]:
+        if self.folder.name != fingerprint(self._backbone, self._transform, self._precision)[:16]:
             raise UserError(
                 f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again with "
                 "FeatureCache.open"
@@ -349,8 +342,7 @@ class FeatureCache:
                 stamp = None if path is None else _stamp(path)  # before reading: a change meanwhile makes it unknown
                 image = caption_set.image(i)
                 digest = _digest_of_pixels(image) if path is None else _digest_of_file(path)
-                pixels = self._transform(image)
-                return Picture(name, "", digest, stamp, pixels.flip(-1) if self._mirrored else pixels)
+                return Picture(name, "", digest, stamp, self._transform(image))
             except (BrokenImageError, OSError) as error:
                 return Picture(name, str(error))
 

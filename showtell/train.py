@@ -169,13 +169,14 @@ class Trainer:
         stem = self.model.encoder.backbone.stem()  # what the whole run leaves as it is
         if run.features and not dry and stem and not recipe.random_crop:
             precision = "bfloat16" if self._autocast() else "float32"
-            cache = FeatureCache.open(run.features, stem, self.transform.evaluation(), precision)
+            still = self.transform.evaluation()
+            cache = FeatureCache.open(run.features, stem, still, precision)
             wanted = [(cache, self.train_set), (cache, self.val_set)]
             if recipe.flip:
-                mirror_cache = FeatureCache.open(run.features, stem, self.transform.evaluation(), precision, True)
+                mirror_cache = FeatureCache.open(run.features, stem, replace(still, mirror=True), precision)
                 wanted.append((mirror_cache, self.train_set))
-            for of, captions in wanted:
-                of.build(captions, device=self.device, num_workers=run.num_workers, max_broken=run.max_broken)
+            for opened, captions in wanted:
+                opened.build(captions, device=self.device, num_workers=run.num_workers, max_broken=run.max_broken)
         options = {"vocab": self.vocab, "cache": cache, "num_workers": run.num_workers, "max_broken": run.max_broken}
         self.loader = get_loader(
             self.transform,

@@ -105,6 +105,7 @@ class Transform:
         flip: While training, half of the pictures are mirrored.
         mean: What is subtracted from each channel's values from 0 to 1.
         std: What each channel is then divided by.
+        mirror: Every picture is mirrored, in evaluation too: a flip from cached features needs both.
 
     Raises:
         UserError: the sizes contradict each other.
@@ -116,6 +117,7 @@ class Transform:
     flip: bool = False
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    mirror: bool = False
 
     def __post_init__(self):
         for name in ("resize", "mean", "std"):  # JSON has lists, and a hashable specification needs tuples
@@ -161,7 +163,7 @@ class Transform:
             else:
                 top, left = (round(room / 2) for room in spare)  # to even, as torchvision's center crop
             image = image[:, top : top + self.crop, left : left + self.crop]
-        if self.flips(key):
+        if self.mirror or self.flips(key):
             image = image.flip(-1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (image / 255).sub_(mean).div_(std)
@@ -181,7 +183,10 @@ class Transform:
 
     def to_dict(self) -> dict:
         """Plain values for JSON; `from_dict` reads them."""
-        return json.loads(json.dumps(asdict(self)))
+        values = json.loads(json.dumps(asdict(self)))
+        if not self.mirror:  # older checkpoints and feature caches do not have it
+            del values["mirror"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping) -> Transform:

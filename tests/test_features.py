@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def assert_holds(cache: FeatureCache, backbone: Backbone, images: CaptionSet) ->
 
 def test_mirror_images_have_a_cache_of_their_own(images, backbone, tmp_path):
     plain = FeatureCache.open(tmp_path / "cache", backbone, TINY)
-    mirrored = FeatureCache.open(tmp_path / "cache", backbone, TINY, mirrored=True)
+    mirrored = FeatureCache.open(tmp_path / "cache", backbone, replace(TINY, mirror=True))
     assert plain.folder != mirrored.folder
     mirrored.build(images)
     assert len(plain) == 0
