@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,7 +184,8 @@ def load(model: str | os.PathLike | None = None, device: str | torch.device | No
     """Opens a model by path or name; with neither, the released one.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), or the name of a released model.
+        model: a checkpoint, a run folder (its best checkpoint), or the name of a released model, whose newest version
+            is meant where its number is left out: `showtell-classic`.
         device: where to compute; a GPU if there is one.
 
     Raises:
@@ -196,15 +198,13 @@ def load(model: str | os.PathLike | None = None, device: str | torch.device | No
 
 def find_model(model: str | os.PathLike | None = None) -> Path:
     """The checkpoint's path behind a name, a folder or a path; see `load`."""
-    released = sorted(path.stem for path in MODELS.glob("*.safetensors"))
     if model is None:
-        names = [name for name in released if name.startswith(RELEASED)] or released
-        if not names:
-            raise MissingFileError(
-                "no model is released with this version yet; name your own (--model runs/NAME/best.safetensors), "
-                "or train one: showtell train --help"
-            )
-        return MODELS / f"{names[-1]}.safetensors"
+        if newest := _released(RELEASED):
+            return newest
+        raise MissingFileError(
+            "no model is released with this version yet; name your own (--model runs/NAME/best.safetensors), "
+            "or train one: showtell train --help"
+        )
     path = Path(model)
     if path.is_dir():
         if not (path / "best.safetensors").is_file():
@@ -212,12 +212,21 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
         return path / "best.safetensors"
     if path.is_file():
         return path
-    if str(model) in released:
-        return MODELS / f"{model}.safetensors"
+    if newest := _released(str(model)):
+        return newest
+    released = sorted(path.stem for path in MODELS.glob("*.safetensors"))
     raise MissingFileError(
         f"there is no model {model}; give a checkpoint's path, a run folder"
         + (f", or one of {', '.join(released)}" if released else "")
     )
+
+
+def _released(name: str) -> Path | None:
+    """The released model of this name or, for a name without its number, the newest; none if there is no such model."""
+    found = {path.stem: path for path in MODELS.glob("*.safetensors")}
+    numbered = [stem for stem in found if re.fullmatch(rf"{re.escape(name)}-\d+", stem)]
+    newest = max(numbered, key=lambda stem: int(stem.rpartition("-")[2]), default=name)
+    return found.get(name) or found.get(newest)
 
 
 def find_pictures(sources: Iterable[str | os.PathLike]) -> list[Path]:

@@ -108,9 +108,19 @@ def test_a_file_or_folder_goes_before_a_released_name(checkpoints, tmp_path, mon
 
 def test_left_out_it_is_the_released_model(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", tmp_path)
-    for name in ("another", f"{module.RELEASED}-1", f"{module.RELEASED}-2", "zebra"):
-        (tmp_path / f"{name}.safetensors").write_bytes(checkpoints["attend"].read_bytes())
-    assert find_model() == tmp_path / f"{module.RELEASED}-2.safetensors"
+    for name in ("another", f"{module.RELEASED}-10", f"{module.RELEASED}-2", "zebra"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert find_model() == tmp_path / f"{module.RELEASED}-10.safetensors"
+
+
+def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "MODELS", tmp_path)
+    for name in ("classic-9", "classic-10", "classic-old"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert find_model("classic-9") == tmp_path / "classic-9.safetensors"
+    assert find_model("classic") == tmp_path / "classic-10.safetensors"
+    with pytest.raises(MissingFileError, match=r"no model class; .*classic-10"):
+        find_model("class")
 
 
 def test_with_no_released_model_it_says_so(tmp_path, monkeypatch):
