@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(evaluate)
     _add_data(evaluate)
     evaluate.add_argument("--split", default="val", help="default val; run test once, for a release")
-    evaluate.add_argument("--out", help="folder for captions.json (default: beside the model)")
+    evaluate.add_argument("--out", help="folder for captions.json (default: beside the model, or in runs/)")
     evaluate.add_argument("--html", metavar="FILE", help="write a report to look at")
     evaluate.add_argument("--limit", type=int, default=0, help="so many images only")
     evaluate.add_argument("--spice", action="store_true", help="compute SPICE too (Java; fetches a large file once)")

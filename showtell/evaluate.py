@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from showtell import datasets, metrics, scoring
-from showtell.captioner import Caption, find_model, load
+from showtell.captioner import MODELS, Caption, find_model, load
 from showtell.data_loader import CaptionDataset, CaptionLoader, ImageBatchSampler, collate
 from showtell.datasets import CaptionSet
 from showtell.decoding import Hypothesis, Rules, beam_search
@@ -169,7 +169,8 @@ def evaluate(
         beam_size: 1 is greedy.
         device: where to compute.
         limit: so many images only, drawn by `seed`; 0 is all.
-        out: the folder for `captions.json`; a folder named after data and split beside the model if left out.
+        out: the folder for `captions.json`; if left out, one named after model, data and split, beside the model, or
+            in `runs` for a released one.
         html: where to write a report, if anywhere.
         spice: whether to compute SPICE, which needs Java and fetches a large file once.
         seed: of `limit` and of the intervals.
@@ -205,7 +206,8 @@ def evaluate(
     )
     about = {"model": str(path), "dataset": captions.name, "split": captions.split, "images": len(written)}
     about["beam_size"] = beam_size
-    folder = Path(out) if out else path.parent / f"{path.stem}-{captions.name}-{captions.split}"
+    beside = Path("runs") if path.parent == MODELS else path.parent
+    folder = Path(out) if out else beside / f"{path.stem}-{captions.name}-{captions.split}"
     ids = {str(i): i for i in captions.image_ids}
     rows = [{"image_id": ids[i], "caption": text} for i, text in texts.items()]
     write_json(folder / "captions.json", rows)
