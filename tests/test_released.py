@@ -37,8 +37,9 @@ def said(captioner: Captioner) -> dict[str, str]:
     return {name: captioner.caption(picture)[0].text for name, picture in pictures.items()}
 
 
-def test_there_is_a_model_with_attention():
-    assert [path.stem.rsplit("-", 1)[0] for path in MODELS] == ["showtell-attend"]
+def test_one_attends_and_one_is_the_classic(captioners):
+    decoders = {name: captioner.model.config["decoder"]["name"] for name, captioner in captioners.items()}
+    assert decoders == {"showtell-attend-1": "top-down", "showtell-classic-1": "show-tell"}
 
 
 @every_model
