@@ -175,7 +175,9 @@ RECIPES: dict[str, Recipe] = {
     # out what differs between pictures: with it and this rate, two epochs learn what three and a half did without.
     "flickr8k-show-tell": Recipe(resize=224, squash=True, batch_norm=True, lr=1.5e-3, epochs=12),
     # The same with the image beside the word at every step.
-    "flickr8k-every-step": Recipe(resize=224, squash=True, decoder="every-step"),
+    "flickr8k-every-step": Recipe(
+        resize=224, squash=True, batch_norm=True, decoder="every-step", lr=1.5e-3, epochs=12
+    ),
     # Show, Attend and Tell; captions of an image share its grid.
     "flickr8k-attend": Recipe(
         resize=224, squash=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0
