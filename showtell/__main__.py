@@ -155,6 +155,7 @@ def _recipe_names() -> list[str]:
         "flickr8k-every-step",
         "flickr8k-show-tell",
         "flickr8k-top-down",
+        "flickr8k-transformer",
     ]
 
 

@@ -180,11 +180,17 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Show, Attend and Tell; captions of an image share its grid.
     "flickr8k-attend": Recipe(
-        resize=224, squash=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0
+        resize=224, squash=True, batch_norm=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0,
+        lr=1e-3, warmup=300, epochs=7,
     ),
     # Two LSTMs, one that looks and one that speaks.
     "flickr8k-top-down": Recipe(
         resize=224, squash=True, batch_norm=True, decoder="top-down", group="image", batch_size=16, lr=1e-3
+    ),
+    # Two blocks of a Transformer that read the words and the grid.
+    "flickr8k-transformer": Recipe(
+        resize=224, squash=True, batch_norm=True, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True,
+        group="image", batch_size=16, epochs=6, optimizer="adamw", lr=5e-4, warmup=500, weight_decay=0.01,
     ),
     # Show and Tell on COCO: pictures as they are, cut square in the middle.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),
