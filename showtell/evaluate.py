@@ -206,7 +206,7 @@ def evaluate(
     )
     about = {"model": str(path), "dataset": captions.name, "split": captions.split, "images": len(written)}
     about["beam_size"] = beam_size
-    beside = Path("runs") if path.parent == MODELS else path.parent
+    beside = Path("runs") if path.resolve().parent == MODELS else path.parent
     folder = Path(out) if out else beside / f"{path.stem}-{captions.name}-{captions.split}"
     ids = {str(i): i for i in captions.image_ids}
     rows = [{"image_id": ids[i], "caption": text} for i, text in texts.items()]

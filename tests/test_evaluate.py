@@ -224,11 +224,12 @@ def test_evaluate_scores_what_the_captioner_writes(saved, scenes, tmp_path):
     assert "perplexity" in found.table()
 
 
-def test_captions_of_a_released_model_do_not_go_among_the_models(saved, scenes, tmp_path, monkeypatch):
+@pytest.mark.parametrize("model", ["best", "run/best.safetensors"])
+def test_captions_of_a_released_model_do_not_go_among_the_models(model, saved, scenes, tmp_path, monkeypatch):
     for module in ("captioner", "evaluate"):
         monkeypatch.setattr(f"showtell.{module}.MODELS", saved.parent)
     monkeypatch.chdir(tmp_path)
-    found = evaluate("best", scenes, beam_size=1, limit=2, progress=False)
+    found = evaluate(model, scenes, beam_size=1, limit=2, progress=False)
     assert found.path == Path("runs/best-synthetic-val/captions.json")
     assert found.path.is_file()
     assert [path.name for path in saved.parent.iterdir()] == ["best.safetensors"]
