@@ -1,6 +1,6 @@
 """One model whose weights are the mean of several that were trained one from the other.
 
-    python docs/average.py runs/average.safetensors runs/4/last.safetensors=0.35 runs/5/last.safetensors=0.65
+    python docs/average.py runs/9.safetensors runs/7/last.safetensors=0.35 runs/8/last.safetensors=0.65
 
 The numbers are each one's share. It works where one model was fine-tuned from another, whose weights therefore lie in
 one valley (Wortsman et al. 2022, arXiv 2203.05482); of models trained apart the mean is worth nothing.

@@ -14,6 +14,7 @@ import showtell
 from showtell import datasets, demo, metrics, synthetic
 from showtell.captioner import Captioner
 from showtell.checkpoint import read_header
+from showtell.report import Card
 from showtell.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,11 +30,18 @@ def captioners() -> dict[str, Captioner]:
     return {path.stem: showtell.load(path, "cpu") for path in MODELS}
 
 
-def said(captioner: Captioner) -> dict[str, str]:
-    """What a model says of five drawn pictures and of scikit-image's photographs."""
+@pytest.fixture(scope="module")
+def photographs() -> list[Card]:
+    """Those of scikit-image, with what the model that needs no name says of them."""
+    pytest.importorskip("skimage")
+    return demo.caption_photographs("cpu")
+
+
+def said(captioner: Captioner, photographs: list[Card]) -> dict[str, str]:
+    """What a model says of five drawn pictures and of the photographs."""
     drawn = datasets.load("synthetic", split="test", n=5, size=224)
     pictures = {f"drawn {i}": drawn.image(i) for i in range(5)}
-    pictures |= {card.title: card.image for card in demo.caption_photographs("cpu")}
+    pictures |= {card.title: card.image for card in photographs}
     return {name: captioner.caption(picture)[0].text for name, picture in pictures.items()}
 
 
@@ -43,18 +51,16 @@ def test_one_attends_and_one_is_the_classic(captioners):
 
 
 @every_model
-def test_it_is_small_half_precision_and_the_one_on_the_card(path):
+def test_it_is_small_half_precision_and_the_one_on_the_card(path, captioners):
     assert path.stat().st_size <= 90e6
-    assert path.stat().st_size < 2.1 * sum(p.numel() for p in showtell.load(path, "cpu").model.parameters())
+    assert path.stat().st_size < 2.1 * sum(p.numel() for p in captioners[path.stem].model.parameters())
     assert hashlib.sha256(path.read_bytes()).hexdigest() in CARD
 
 
-def test_without_a_name_it_is_the_one_with_attention():
-    pytest.importorskip("skimage")
-    coffee = next(card for card in demo.caption_photographs("cpu") if card.title == "coffee.png")
-    attend = next(path for path in MODELS if path.stem.startswith("showtell-attend"))
+def test_without_a_name_it_is_the_one_with_attention(captioners, photographs):
+    coffee = next(card for card in photographs if card.title == "coffee.png")
     assert showtell.load(device="cpu").caption(coffee.image)[0].text == coffee.predicted
-    assert showtell.load(attend, "cpu").caption(coffee.image)[0].text == coffee.predicted
+    assert captioners["showtell-attend-1"].caption(coffee.image)[0].text == coffee.predicted
 
 
 @every_model
@@ -63,11 +69,10 @@ def test_the_roots_vocabulary_is_theirs(path):
 
 
 @every_model
-def test_its_captions_are_golden(path, captioners):
+def test_its_captions_are_golden(path, captioners, photographs):
     """`SHOWTELL_GOLDEN=write` writes them anew, for a new release."""
-    pytest.importorskip("skimage")
     golden = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
-    now = said(captioners[path.stem])
+    now = said(captioners[path.stem], photographs)
     if os.environ.get("SHOWTELL_GOLDEN") == "write":
         GOLDEN.write_text(json.dumps({**golden, path.stem: now}, indent=1, ensure_ascii=False) + "\n", "utf-8")
     else:
@@ -75,7 +80,7 @@ def test_its_captions_are_golden(path, captioners):
 
 
 def test_attention_sums_to_one_at_every_word(captioners):
-    captioner = next(c for name, c in captioners.items() if name.startswith("showtell-attend"))
+    captioner = captioners["showtell-attend-1"]
     features = captioner.encode(
         [torch.from_numpy(synthetic.draw(synthetic.scene(i), 224)).permute(2, 0, 1) for i in (0, 1)]
     )
