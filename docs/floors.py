@@ -17,7 +17,8 @@ FLOORS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("words and files, and drawn scenes", "errors files tokenizer vocabulary sentences synthetic distributed".split()),
     (
         "pictures in, features and scores out",
-        "datasets tables transforms features backbones decoders model ngrams metrics java_metrics charts".split(),
+        "datasets annotations transforms image_stream features backbones decoders model ngrams metrics java_metrics "
+        "figures".split(),
     ),
     (
         "batches, decoding, what is kept",

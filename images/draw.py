@@ -52,7 +52,7 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], **st
     axes.annotate("", end, start, arrowprops={**style, "shrinkA": 0, "shrinkB": 0})
 
 
-def picture(axes: Axes, x: float, y: float, side: float, cells: int = 0) -> None:
+def image(axes: Axes, x: float, y: float, side: float, cells: int = 0) -> None:
     """The drawn scene, with a grid of `cells` by `cells` over it if wanted."""
     axes.imshow(draw(PICTURE, 400), extent=(x, x + side, y + side, y), aspect="auto", interpolation="bilinear")
     axes.add_patch(Rectangle((x, y), side, side, fill=False, edgecolor=EDGE, linewidth=0.9))
@@ -70,10 +70,10 @@ def vector(axes: Axes, x: float, y: float, n: int, cell: float = 14, seed: int =
 
 
 def draw_encoder() -> Axes:
-    """A picture becomes a grid of features, and either one vector or one vector a cell."""
+    """An image becomes a grid of features, and either one vector or one vector a cell."""
     axes = canvas(1000, 330)
-    picture(axes, 24, 74, 150, cells=8)
-    write(axes, 99, 250, "picture\n(B, 3, S, S)", 13, QUIET)
+    image(axes, 24, 74, 150, cells=8)
+    write(axes, 99, 250, "image\n(B, 3, S, S)", 13, QUIET)
     arrow(axes, (182, 149), (212, 149))
     box(axes, 216, 94, 168, 110, "backbone\nResNet-50 without\nits classifier", BLUE)
     write(axes, 300, 226, "pretrained, frozen", 13, QUIET)
@@ -100,7 +100,7 @@ def draw_encoder() -> Axes:
 
 
 def draw_decoder() -> Axes:
-    """Show and Tell unrolled: the picture first, then each word, and above each the word that should follow."""
+    """Show and Tell unrolled: the image first, then each word, and above each the word that should follow."""
     inputs, targets = ("<start>", *WORDS), (*WORDS, "<end>")
     left, gap, width = 142, 92, 78
     axes = canvas(left + gap * (len(inputs) + 1) + 12, 400)
@@ -125,7 +125,7 @@ def draw_decoder() -> Axes:
     middle = left + width / 2
     box(axes, left, 246, width, 36, "encoder", GREEN, size=13)
     arrow(axes, (middle, 300), (middle, 285))
-    picture(axes, middle - 28, 302, 56)
+    image(axes, middle - 28, 302, 56)
     write(axes, middle, 108, "not in\nthe loss", 13, QUIET)
     write(
         axes, left + width + 14, 380,
@@ -138,8 +138,8 @@ def draw_decoder() -> Axes:
 def draw_encoder_decoder() -> Axes:
     """The whole model in one line."""
     axes = canvas(1000, 250)
-    picture(axes, 24, 48, 140)
-    write(axes, 94, 208, "picture", 13, QUIET)
+    image(axes, 24, 48, 140)
+    write(axes, 94, 208, "image", 13, QUIET)
     arrow(axes, (174, 118), (214, 118))
     box(axes, 220, 62, 170, 112, "encoder\n\nsees", BLUE, size=16)
     write(axes, 305, 200, "a convolutional network\nand a linear layer", 13, QUIET)

@@ -1,4 +1,4 @@
-"""showtell: captions for your pictures, and the research code that learns them.
+"""showtell: captions for your images, and the research code that learns them.
 
 import showtell
 captioner = showtell.load()

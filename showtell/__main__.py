@@ -55,7 +55,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="showtell", description="Learns to caption pictures, and captions yours.")
+    parser = _Parser(prog="showtell", description="Learns to caption images, and captions yours.")
     parser.add_argument("--version", action="version", version=f"showtell {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--patience", type=int, help="stop after so many epochs without a better one")
     features = train.add_mutually_exclusive_group()
     features.add_argument("--features", help="the feature cache (default runs/features)")
-    features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from pictures")
+    features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from images")
     train.add_argument("--workers", type=int, help="loader processes")
     train.add_argument("--tensorboard", action="store_const", const=True, help="write TensorBoard's event files too")
     train.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -116,17 +116,17 @@ def _parser() -> argparse.ArgumentParser:
     score = add("score", _score, "score any captions against references, without a model")
     scoring.add_arguments(score)
     score.add_argument("--html", metavar="FILE", help="write a report on one system to look at")
-    score.add_argument("--images", metavar="DIR", help="the pictures, for the report")
+    score.add_argument("--images", metavar="DIR", help="the images, for the report")
 
-    caption = add("caption", _caption, "caption pictures and folders of pictures")
+    caption = add("caption", _caption, "caption images and folders of images")
     caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
     _add_model(caption)
     _add_decoding(caption)
-    caption.add_argument("--n-best", type=int, default=1, help="captions a picture (default 1)")
+    caption.add_argument("--n-best", type=int, default=1, help="captions an image (default 1)")
     output = caption.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON document")
     output.add_argument("--csv", metavar="FILE", help="write image, caption, score")
-    output.add_argument("--html", metavar="FILE", help="write a page with the pictures")
+    output.add_argument("--html", metavar="FILE", help="write a page with the images")
     _add_common(caption)
 
     export = add("export", _export, "write a model for sharing: one file of half the size, or as the ancestors have it")
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     legacy.add_argument("decoder", metavar="DECODER.pkl")
     legacy.add_argument("vocab", metavar="vocab.pkl")
     legacy.add_argument("--out", required=True, metavar="M", help="the checkpoint to write, NAME.safetensors")
-    legacy.add_argument("--squash", action="store_true", help="the model was trained on pictures squashed to 224 x 224")
+    legacy.add_argument("--squash", action="store_true", help="the model was trained on images squashed to 224 x 224")
     return parser
 
 
@@ -267,7 +267,7 @@ def _train(args: argparse.Namespace) -> int:
 def _say_missing(files: list[str], split: str) -> None:
     if files:
         listed = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-        _say(f"note: {len(files)} pictures of {split} are not there and are left out: {listed}")
+        _say(f"note: {len(files)} images of {split} are not there and are left out: {listed}")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
@@ -290,8 +290,8 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
 
 def _refuse_changes(args: argparse.Namespace, settings: dict[str, object], run: dict[str, object]) -> None:
     """With --resume the flags a run was begun with may be typed again, but not others."""
+    from showtell.annotations import read_json
     from showtell.recipes import Recipe, recipe_named
-    from showtell.tables import read_json
 
     path = Path(args.out) / "run.json"
     if not path.is_file():
@@ -327,23 +327,23 @@ def _score(args: argparse.Namespace) -> int:
         raise UserError(f"--html shows one system and {len(args.candidates)} were given; name one file of candidates")
     if args.images and not args.html:
         raise UserError("--images is for the report; add --html FILE")
-    picture = picture_finder(args.images, args.references) if args.images else lambda _: None
+    image = picture_finder(args.images, args.references) if args.images else lambda _: None
     results = scoring.run(args)
     if args.html:
         about = f"{results[0].name} against {args.references}"
-        write_results(args.html, results[0], scoring.read_captions(args.references), picture, about)
+        write_results(args.html, results[0], scoring.read_captions(args.references), image, about)
         _say(f"the report: {args.html}")
     return 0
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_pictures, load
+    from showtell.captioner import find_images, load
     from showtell.transforms import frames
 
     if args.beam_size < 1 or args.n_best < 1:
         raise UserError(f"--beam-size {args.beam_size} --n-best {args.n_best}: give whole numbers from 1 up")
     _refuse_folders(args.csv, args.html)
-    paths = find_pictures(args.sources)
+    paths = find_images(args.sources)
     captioner = load(args.model, _device(args))
     results = captioner.caption_files(paths, beam_size=args.beam_size, n_best=args.n_best)
     if len(paths) > 32:
@@ -372,14 +372,14 @@ def _caption(args: argparse.Namespace) -> int:
         writer.writerow(["image", "caption", "score"])
         writer.writerows([path, c.text, round(c.score, 4)] for path, captions in done for c in captions)
         write_text(args.csv, table.getvalue())
-        _say(f"{len(done)} pictures captioned in {args.csv}")
+        _say(f"{len(done)} images captioned in {args.csv}")
     elif args.html:
         _write_gallery(args.html, done)
-        _say(f"{len(done)} pictures captioned in {args.html}")
+        _say(f"{len(done)} images captioned in {args.html}")
     for _, error in broken:
         _say(f"showtell: {error}")
     if broken and len(paths) > 1:
-        _say(f"showtell: {len(broken)} of {len(paths)} pictures could not be read")
+        _say(f"showtell: {len(broken)} of {len(paths)} images could not be read")
     return 1 if broken else 0
 
 
@@ -395,13 +395,13 @@ def _write_gallery(path: str, done: list) -> None:
 
     cards = [
         Card(
-            image, image.name, captions[0].text, words=captions[0].words, word_probs=captions[0].word_probs,
+            image, image.name, captions[0].text, pieces=captions[0].pieces, word_probs=captions[0].word_probs,
             score=captions[0].score, alternatives=[c.text for c in captions[1:]],
         )
         for image, captions in done
     ]  # fmt: skip
-    tiles = [Tile("pictures", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
-    write_page(path, "Captions", f"{len(done)} pictures", tiles, [Gallery("Pictures", cards)])
+    tiles = [Tile("images", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
+    write_page(path, "Captions", f"{len(done)} images", tiles, [Gallery("Images", cards)])
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
-"""The backbones: networks that turn pictures into features, by name, with their weights, frozen or fine-tuned.
+"""The backbones: networks that turn images into features, by name, with their weights, frozen or fine-tuned.
 
-Shapes: B pictures of S x S pixels, L grid cells, D feature size.
+Shapes: B images of S x S pixels, L grid cells, D feature size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from showtell.errors import MissingFileError, UserError
 
 
 class Backbone(nn.Module):
-    """Turns pictures into features: one vector each, or a grid of cells for attention.
+    """Turns images into features: one vector each, or a grid of cells for attention.
 
     Frozen unless `fine_tune` is called (`"tiny"`, which has no pretrained weights, starts trainable). It is always in
     eval mode, frozen or not, so that no batch-norm statistic drifts.
@@ -39,7 +39,7 @@ class Backbone(nn.Module):
 
         Args:
             name: a classification network of torchvision (`resnet18` … `resnet152`, `inception_v3`, …), `tiny` for
-                the synthetic pictures, or `timm/NAME` with the extra `showtell[timm]`.
+                the synthetic images, or `timm/NAME` with the extra `showtell[timm]`.
             grid: whether `forward` returns the grid `(B, L, D)` instead of its mean `(B, D)`.
             weights: `"imagenet"` for the library's own (downloaded once; random with a warning where that fails), a
                 local file with a torchvision state dict, or `None` for random ones.
@@ -61,7 +61,7 @@ class Backbone(nn.Module):
         self.fine_tune("" if name == "tiny" else None)
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` normalised pictures -> `(B, D)`, or `(B, L, D)` row by row with `grid`."""
+        """`(B, 3, S, S)` normalised images -> `(B, D)`, or `(B, L, D)` row by row with `grid`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.trainable):
             return self._pool(self.net(images))
 
@@ -69,11 +69,11 @@ class Backbone(nn.Module):
         """The network's `(B, D, h, w)` as features."""
         return maps.flatten(2).transpose(1, 2) if self.grid else maps.mean((2, 3))
 
-    def stem(self) -> Backbone | None:
+    def frozen_part(self) -> Backbone | None:
         """What training leaves as it is, as a frozen backbone whose output can be cached.
 
-        `backbone.finish(backbone.stem()(images)) == backbone(images)`. Where nothing trains it is the whole backbone;
-        else the layers before the first that trains, and `None` if there are none.
+        `backbone.forward_from_frozen(backbone.frozen_part()(images)) == backbone(images)`. Where nothing trains it is
+        the whole backbone; else the layers before the first that trains, and `None` if there are none.
         """
         if not self.trainable:
             return self
@@ -88,8 +88,8 @@ class Backbone(nn.Module):
             stem.feature_size = stem.net(next(stem.parameters()).new_zeros(1, 3, 224, 224)).shape[1]
         return stem
 
-    def finish(self, features: Tensor) -> Tensor:
-        """Goes on from what `stem()` gave for square pictures, `(B, D)` or `(B, L, C)`, to what `forward` gives."""
+    def forward_from_frozen(self, features: Tensor) -> Tensor:
+        """Continues from the output of `frozen_part()`, `(B, D)` or `(B, L, C)`, to that of `forward`."""
         if not (n_frozen := self._frozen_layers()):
             return features
         side = math.isqrt(features.shape[1])
@@ -193,11 +193,11 @@ class _TimmMaps(nn.Module):
 
 
 class TinyNet(nn.Module):
-    """A small convolutional network for the 64 x 64 synthetic pictures; learns from scratch in minutes on a CPU.
+    """A small convolutional network for the 64 x 64 synthetic images; learns from scratch in minutes on a CPU.
 
-    The first layer cuts the picture into 4 x 4 patches, which costs half of two strided convolutions and learns as
+    The first layer cuts the image into 4 x 4 patches, which costs half of two strided convolutions and learns as
     well. Group norm, so that training and evaluation are the same function; two coordinate channels (Liu et al. 2018,
-    "CoordConv"), so that "left of" can be learnt from few pictures.
+    "CoordConv"), so that "left of" can be learnt from few images.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A trained model that captions pictures: encode once, decode many.
+"""A trained model that captions images: encode once, decode many.
 
 import showtell
 captioner = showtell.load("runs/flickr8k/best.safetensors")
@@ -20,25 +20,25 @@ import torch
 from torch import Tensor
 
 from showtell.checkpoint import Checkpoint, load_checkpoint
-from showtell.decoding import Hypothesis, Rules, beam_search, sample
+from showtell.decoding import DecodingOptions, Hypothesis, beam_search, sample
 from showtell.errors import MissingFileError, UserError
 from showtell.transforms import BrokenImageError, Source, read_image
-from showtell.vocabulary import Vocabulary
+from showtell.vocabulary import Vocabulary, spell_words
 
 RELEASED = "showtell-attend"  # what `load()` opens when nothing is named
 MODELS = Path(__file__).resolve().parent.parent / "models"
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
+IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One caption of one picture.
+    """One caption of one image.
 
     Attributes:
         text: for people: a capital first, punctuation attached.
-        score: length-normalised log-probability; nearer 0 is surer, and captions of different pictures compare.
+        score: length-normalised log-probability; nearer 0 is surer, and captions of different images compare.
         words: the words as the model wrote them.
-        word_probs: the model's probability of each word, from 0 to 1, given the picture and the words before it.
+        word_probs: the model's probability of each word, from 0 to 1, given the image and the words before it.
         alphas: where the model looked at each word, `(words, rows, columns)`, summing to 1 over the grid, from models
             that attend and when asked for.
     """
@@ -48,6 +48,11 @@ class Caption:
     words: list[str]
     word_probs: list[float]
     alphas: Tensor | None = None
+
+    @property
+    def pieces(self) -> list[str]:
+        """`text` cut into its words, each with the space before it; one piece for each of `words`."""
+        return spell_words(self.words)
 
     @classmethod
     def of(cls, hypothesis: Hypothesis, vocab: Vocabulary) -> Caption:
@@ -83,14 +88,14 @@ class Captioner:
         self.vocab, self.transform, self.meta = checkpoint.vocab, checkpoint.transform, checkpoint.meta
 
     def encode(self, images: Source | Sequence[Source]) -> Tensor:
-        """Turns pictures into what the decoder reads, `(B, E)` or `(B, L, E)`; decode that as often as you like.
+        """Turns images into what the decoder reads, `(B, E)` or `(B, L, E)`; decode that as often as you like.
 
         Args:
             images: one or several of: a path, a file's bytes, a PIL image, an array, a uint8 tensor.
 
         Raises:
             MissingFileError: a file is not there.
-            BrokenImageError: a picture cannot be read.
+            BrokenImageError: an image cannot be read.
         """
         batch = [self.transform(image) for image in _as_list(images)]
         return self._encode(torch.stack(batch))
@@ -102,14 +107,14 @@ class Captioner:
     def decode(
         self, features: Tensor, beam_size: int = 5, n_best: int = 1, alphas: bool = False, **rules: float
     ) -> list[list[Caption]]:
-        """Captions encoded pictures by beam search.
+        """Captions encoded images by beam search.
 
         Args:
             features: from `encode`.
             beam_size: how many beginnings are kept; 1 is greedy.
-            n_best: captions a picture, best first.
+            n_best: captions an image, best first.
             alphas: whether to keep the attention maps.
-            rules: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `Rules`.
+            rules: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
         """
         found = beam_search(self.model.decoder, features, self.rules(**rules), max(beam_size, n_best), n_best, alphas)
         return [[Caption.of(h, self.vocab) for h in hypotheses] for hypotheses in found]
@@ -123,7 +128,7 @@ class Captioner:
         alphas: bool = False,
         **options: float,
     ) -> list[list[Caption]]:
-        """Draws `n` captions of encoded pictures; `options` are those of `showtell.decoding.sample` and `Rules`."""
+        """Draws `n` captions of encoded images; `options` as in `showtell.decoding.sample`."""
         draw = {name: options.pop(name) for name in ("top_k", "top_p") if name in options}
         generator = torch.Generator(self.device).manual_seed(seed)
         drawn = sample(
@@ -138,14 +143,14 @@ class Captioner:
         )
         return [[Caption.of(h, self.vocab) for h in hypotheses] for hypotheses in drawn]
 
-    def rules(self, **options: float) -> Rules:
+    def rules(self, **options: float) -> DecodingOptions:
         """The decoding rules for this vocabulary, with the length penalty and greatest length it was validated with."""
         recipe = self.meta.get("recipe") or {}
         learnt = {name: recipe[name] for name in ("length_penalty", "max_len") if name in recipe}
-        return Rules.of(self.vocab, **(learnt | options))
+        return DecodingOptions.of(self.vocab, **(learnt | options))
 
     def caption(self, image: Source, beam_size: int = 5, n_best: int = 1, **options: float) -> list[Caption]:
-        """Captions one picture, best caption first; see `encode` and `decode` for the arguments."""
+        """Captions one image, best caption first; see `encode` and `decode` for the arguments."""
         return self.decode(self.encode(image), beam_size, n_best, **options)[0]
 
     def caption_files(
@@ -229,26 +234,26 @@ def _released(name: str) -> Path | None:
     return found.get(name) or found.get(newest)
 
 
-def find_pictures(sources: Iterable[str | os.PathLike]) -> list[Path]:
-    """The pictures that files and folders name: files as given, folders searched through, by name.
+def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
+    """The images that files and folders name: files as given, folders searched through, by name.
 
     Raises:
         MissingFileError: something named is not there.
-        UserError: a folder holds no picture.
+        UserError: a folder holds no image.
     """
     found: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
             inside = sorted(
-                path for path in source.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir()
+                path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
             )
             if not inside:
                 raise UserError(
-                    f"the folder {source} holds no pictures ({', '.join(sorted(PICTURE_SUFFIXES))}); name another"
+                    f"the folder {source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
                 )
             found += inside
         elif source.exists():
             found.append(source)
         else:
-            raise MissingFileError(f"there is no {source}; give pictures, or folders of pictures")
+            raise MissingFileError(f"there is no {source}; give images, or folders of images")
     return found

@@ -42,7 +42,7 @@ class Checkpoint:
     Attributes:
         model: encoder and decoder, in eval mode and single precision.
         vocab: the words the decoder writes.
-        transform: how a picture becomes the encoder's input, without randomness.
+        transform: how an image becomes the encoder's input, without randomness.
         meta: what is known of its making (recipe, command, epoch, scores, …): plain JSON values.
     """
 

@@ -30,17 +30,17 @@ MODES = ("train", "val", "test")
 
 
 class Broken:
-    """Stands in for a sample whose picture cannot be read, until the loader has counted it."""
+    """Stands in for a sample whose image cannot be read, until the loader has counted it."""
 
     def __init__(self, path: str, reason: str) -> None:
         self.path, self.reason = path, reason
 
 
 class CaptionDataset(Dataset):
-    """A `CaptionSet` as tensors: pictures transformed (or their cached features), captions as ids.
+    """A `CaptionSet` as tensors: images transformed (or their cached features), captions as ids.
 
     Attributes:
-        captions: the `CaptionSet` behind it.
+        caption_set: the `CaptionSet` behind it.
         vocab: the vocabulary.
         caption_lengths: the number of words of every caption, without `<start>` and `<end>`.
         image_of: the image of every caption.
@@ -63,20 +63,20 @@ class CaptionDataset(Dataset):
         """Encodes every caption once.
 
         Args:
-            captions: pictures and captions.
+            captions: images and captions.
             vocab: turns words into ids.
             transform: a `Transform`, or any callable from a PIL image to a tensor.
-            mode: `"train"`, `"val"` (nothing random) or `"test"` (original and transformed picture, no captions).
+            mode: `"train"`, `"val"` (nothing random) or `"test"` (original and transformed image, no captions).
             group: what one index means: a caption (`"length"`) or an image with all its captions (`"image"`).
             batch_size: for `get_train_indices`.
             seed: of the augmentation and of `get_train_indices`.
-            cache: features of these images to hand out in place of pictures.
+            cache: features of these images to hand out in place of images.
             captions_per_image: in training by image, draw so many of an image's captions anew each epoch; 0 is all.
             mirror_cache: features of their mirror images, for a transform that flips.
         """
         if mode not in MODES or group not in GROUPS:
             raise UserError(f"mode={mode!r}, group={group!r} cannot be; modes are {MODES} and groups are {GROUPS}")
-        self.captions, self.vocab, self.mode, self.group = captions, vocab, mode, group
+        self.caption_set, self.vocab, self.mode, self.group = captions, vocab, mode, group
         self.transform = transform.evaluation() if isinstance(transform, Transform) and mode != "train" else transform
         self.batch_size, self.seed = batch_size, seed
         self.cache, self.mirror_cache = cache, mirror_cache
@@ -99,7 +99,7 @@ class CaptionDataset(Dataset):
 
     def __len__(self) -> int:
         """The number of samples: captions, or images when grouped by image or in test mode."""
-        return len(self.caption_lengths) if self.group == "length" and self.mode != "test" else len(self.captions)
+        return len(self.caption_lengths) if self.group == "length" and self.mode != "test" else len(self.caption_set)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose augmentation is drawn; it reaches running workers."""
@@ -115,13 +115,13 @@ class CaptionDataset(Dataset):
         image_index = int(self.image_of[index]) if self.group == "length" and self.mode != "test" else int(index)
         try:
             if self.mode == "test":
-                original = self.captions.image(image_index)
+                original = self.caption_set.image(image_index)
                 return original.permute(1, 2, 0).numpy(), self._transformed(original)
             key = (self.seed, int(self._epoch), int(index))
             flipped = self._flips(key)
             image = self._image(image_index, key, flipped)
         except (BrokenImageError, MissingFileError) as error:
-            path, reason = str(self.captions.path(image_index)), str(error)
+            path, reason = str(self.caption_set.path(image_index)), str(error)
             return Broken(path, reason if path in reason else f"{path}: {reason}")
         if self.group == "length":
             return image, self._caption(int(index), flipped)
@@ -143,10 +143,10 @@ class CaptionDataset(Dataset):
 
     def _image(self, image_index: int, key: tuple, flipped: bool) -> Tensor:
         if self.cache is None:
-            return self._transformed(self.captions.image(image_index), key)
+            return self._transformed(self.caption_set.image(image_index), key)
         cache, rows = (self.mirror_cache, self.mirror_rows) if flipped else (self.cache, self.rows)
         if rows[image_index] < 0:
-            raise BrokenImageError(f"{self.captions.path(image_index)} has no cached features")
+            raise BrokenImageError(f"{self.caption_set.path(image_index)} has no cached features")
         return cache[rows[image_index]]
 
     def _transformed(self, image: Tensor, key: tuple | None = None) -> Tensor:
@@ -307,14 +307,14 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
         raise UserError(
-            f"pictures of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform that brings all to "
+            f"images of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform that brings all to "
             "one size, such as Transform(resize=256, crop=224)"
         )
     return torch.stack(list(images))
 
 
 class CaptionLoader(DataLoader):
-    """A `DataLoader` that leaves broken pictures out, counts them, and stops when there are too many.
+    """A `DataLoader` that leaves broken images out, counts them, and stops when there are too many.
 
     Attributes:
         broken: path -> what is wrong with it, so far.
@@ -322,7 +322,7 @@ class CaptionLoader(DataLoader):
     """
 
     def __init__(self, dataset: CaptionDataset, max_broken: int = 100, **options: object) -> None:
-        """`options` are `DataLoader`'s; `max_broken` is how many pictures may be broken before training stops."""
+        """`options` are `DataLoader`'s; `max_broken` is how many images may be broken before training stops."""
         super().__init__(dataset, **options)
         self.max_broken = max_broken
         self.broken: dict[str, str] = {}
@@ -339,7 +339,7 @@ class CaptionLoader(DataLoader):
             if len(self.broken) > self.max_broken:
                 listed = "\n".join(f"  {reason}" for reason in self.broken.values())
                 raise UserError(
-                    f"{len(self.broken)} pictures cannot be read, more than the {self.max_broken} allowed; "
+                    f"{len(self.broken)} images cannot be read, more than the {self.max_broken} allowed; "
                     f"mend or remove them, or raise max_broken:\n{listed}"
                 )
             if images is not None:
@@ -385,7 +385,7 @@ def get_loader(
     Args:
         transform: a `Transform`, or any callable from a PIL image to a tensor (a torchvision `Compose`, say).
         mode: `"train"`: (images, captions), shuffled and augmented; `"val"`: the same of the validation split, in
-            fixed order; `"test"`: (original picture, image), one at a time.
+            fixed order; `"test"`: (original image, image), one at a time.
         batch_size: captions (or images, by `group`) in a batch.
         vocab_threshold: for a new vocabulary (5 if left out); checked against that of a loaded one.
         vocab_file: where the vocabulary is read from, or written to when it is new; `vocab.pkl` of this project if
@@ -398,17 +398,17 @@ def get_loader(
         cocoapi_loc: the folder that holds the ancestors' `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
         dataset: a reader of `showtell.datasets`, or an open `CaptionSet`.
         data_dir: the data set's folder.
-        split: its split; by default the mode's (COCO's test pictures have no captions: its `test` is `val`).
+        split: its split; by default the mode's (COCO's test images have no captions: its `test` is `val`).
         vocab: an open vocabulary, instead of `vocab_file`.
         group: `"length"` or `"image"`, see the module.
         captions_per_image: with `group="image"` in training, so many captions drawn anew each epoch; 0 is all.
-        cache: features to hand out in place of pictures.
+        cache: features to hand out in place of images.
         mirror_cache: those of their mirror images, for a transform that flips.
         seed: of shuffling and augmentation.
         shuffle: by default all modes but `"val"`.
         rank: this process among `world_size`.
         world_size: how many processes share an epoch.
-        max_broken: how many unreadable pictures may be left out before the run stops.
+        max_broken: how many unreadable images may be left out before the run stops.
         start_method: `"fork"` or `"spawn"` for the workers; the platform's if left out.
 
     Raises:

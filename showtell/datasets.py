@@ -1,4 +1,4 @@
-"""Pictures with captions, from the layouts people have: `load("flickr8k", "data/flickr8k", split="train")`.
+"""Images with captions, from the layouts people have: `load("flickr8k", "data/flickr8k", split="train")`.
 
 Every reader gives a `CaptionSet`: images and, for each, its captions. Splits are by image, never by caption. Nothing
 is decoded until `image(i)` is called.
@@ -14,8 +14,8 @@ from random import Random
 
 import torch
 
+from showtell.annotations import find_table, read_json, read_text, table_rows
 from showtell.errors import MissingFileError, UserError
-from showtell.tables import find_table, read_json, read_text, table_rows
 from showtell.transforms import read_image
 
 SPLIT_NAMES = {"dev": "val", "valid": "val", "validation": "val", "restval": "train"}  # what tables call the three
@@ -155,7 +155,7 @@ class SyntheticSet(CaptionSet):
         return self._drawn[i].clone()
 
     def path(self, i: int) -> None:
-        """None: the pictures are drawn, not read."""
+        """None: the images are drawn, not read."""
 
     def _of(self, chosen: Sequence[int]) -> SyntheticSet:
         indices, captions = ([values[i] for i in chosen] for values in (self.indices, self.captions))
@@ -207,9 +207,9 @@ def read_synthetic(split: str = "train", n: int | None = None, size: int = 64, s
     _require_split("synthetic", split, SPLITS)
     n = (12_000 if split == "train" else 1_000) if n is None else n
     if n < 1:
-        raise UserError(f"n={n} synthetic pictures are too few; ask for 1 or more")
+        raise UserError(f"n={n} synthetic images are too few; ask for 1 or more")
     if size < MIN_SIZE:
-        raise UserError(f"size={size} is too small for synthetic pictures; use {MIN_SIZE} or more")
+        raise UserError(f"size={size} is too small for synthetic images; use {MIN_SIZE} or more")
     return SyntheticSet(split, range(n), size, seed)
 
 
@@ -220,14 +220,14 @@ def read_coco(
     on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
-    """Reads COCO's layout: `annotations/captions_{split}{year}.json` and the pictures in `{split}{year}/`.
+    """Reads COCO's layout: `annotations/captions_{split}{year}.json` and the images in `{split}{year}/`.
 
-    The pictures may also be in `images/{split}{year}/`. Without a `year` the one that is there is taken, 2017 first.
-    COCO's test pictures have no captions. Images without any caption are left out.
+    The images may also be in `images/{split}{year}/`. Without a `year` the one that is there is taken, 2017 first.
+    COCO's test images have no captions. Images without any caption are left out.
     """
     _require_split("coco", split, ("train", "val"))
     annotations = data_dir / "annotations"
-    # One year for all splits: 2014's validation pictures are among 2017's training pictures.
+    # One year for all splits: 2014's validation images are among 2017's training images.
     if year is None:
         year = 2017 if any(annotations.glob("captions_*2017.json")) or not annotations.is_dir() else 2014
     path = annotations / f"captions_{split}{year}.json"
@@ -260,7 +260,7 @@ def read_coco(
             records[annotation["image_id"]][1].append(annotation["caption"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} has an entry without {error}; give COCO's captions json") from None
-    folder = _first_folder([data_dir / f"{split}{year}", data_dir / "images" / f"{split}{year}"], "COCO's pictures")
+    folder = _first_folder([data_dir / f"{split}{year}", data_dir / "images" / f"{split}{year}"], "COCO's images")
     return _assemble("coco", split, ((i, *record) for i, record in records.items()), folder, on_missing, max_missing)
 
 
@@ -273,7 +273,7 @@ def read_karpathy(
 ) -> CaptionSet:
     """Reads Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
 
-    `restval` counts as train, as in published results. The pictures are in the json's `filepath` below `data_dir` (or
+    `restval` counts as train, as in published results. The images are in the json's `filepath` below `data_dir` (or
     below its `images/`), or in `images/` itself.
 
     Args:
@@ -312,7 +312,7 @@ def read_karpathy(
     tried = [data_dir, data_dir / "images"]
     folder = next((f for f in tried if os.path.dirname(first) and (f / os.path.dirname(first)).is_dir()), None)
     if folder is None:
-        folder = _first_folder([data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir], "the pictures")
+        folder = _first_folder([data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir], "the images")
         records = [(identity, os.path.basename(file), captions) for identity, file, captions in records]
     return _assemble("karpathy", split, records, folder, on_missing, max_missing)
 
@@ -342,12 +342,12 @@ def read_flickr8k(
         name, mark, _ = key.rpartition("#")
         if not (tab and mark):
             raise UserError(
-                f"line {number} of {path} is not `picture.jpg#0<tab>caption`; give Flickr8k.token.txt as published"
+                f"line {number} of {path} is not `image.jpg#0<tab>caption`; give Flickr8k.token.txt as published"
             )
         if name in captions:
             captions[name].append(caption)
     folder = _first_folder(
-        [data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir / "Images"], "Flickr8k's pictures"
+        [data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir / "Images"], "Flickr8k's images"
     )
     records = ((name, name, texts) for name, texts in captions.items())
     return _assemble("flickr8k", split, records, folder, on_missing, max_missing)
@@ -364,12 +364,12 @@ def read_folder(
     on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
-    """Reads one's own pictures and a csv, tsv, json or jsonl file of (image, caption) or (image, caption, split) rows.
+    """Reads one's own images and a csv, tsv, json or jsonl file of (image, caption) or (image, caption, split) rows.
 
     Columns or keys are `image` (or file, filename, path, file_name), `caption` (or text, sentence; in json it may be a
     list) and, if wanted, `split`. A table without such a header is read by position. A json may also be an object from
     image to its captions. An image has as many captions as rows. Without a `split` column each image falls to a split
-    by `seed` and its name, whatever else is in the file: adding pictures does not move the others from the test to
+    by `seed` and its name, whatever else is in the file: adding images does not move the others from the test to
     training (but where there are so few that a split would be empty).
 
     Args:
@@ -398,7 +398,7 @@ def read_folder(
         raise UserError(f"{path} has no rows; write one of image and caption for every caption")
     drawn = _draw_splits((file for file in captions if not splits[file]), val, test, seed)
     if images is not None:
-        folder = _first_folder([Path(images), data_dir / images], "the pictures")
+        folder = _first_folder([Path(images), data_dir / images], "the images")
     else:
         candidates = (data_dir, data_dir / "images", path.parent)
         some = list(captions)[:20]
@@ -452,11 +452,11 @@ def _assemble(
     if len(missing) > limit:
         listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise MissingFileError(
-            f"{len(missing)} of {total} pictures of {name} {split} are not in {folder} ({listed}); "
+            f"{len(missing)} of {total} images of {name} {split} are not in {folder} ({listed}); "
             f"at most {limit} may be missing: add them, or raise max_missing"
         )
     if not image_ids:
-        raise UserError(f"no picture of {name} {split} in {folder} has a caption; check the annotations")
+        raise UserError(f"no image of {name} {split} in {folder} has a caption; check the annotations")
     return CaptionSet(name, split, image_ids, kept, files, folder, missing, empty)
 
 

@@ -341,7 +341,7 @@ class DecoderAttention(_AttendingDecoder):
 class DecoderTopDown(_AttendingDecoder):
     """Decoder 4: one LSTM decides where to look, a second one what to say (Anderson et al. 2018, arXiv 1707.07998).
 
-    As in section 3.2, the first reads the word, the picture's mean and what the second last knew, and its output asks
+    As in section 3.2, the first reads the word, the image's mean and what the second last knew, and its output asks
     the attention; the second reads what was found there. The paper's regions are cells of the grid here, and the grid
     passes a rectifier and dropout first.
     """
@@ -358,7 +358,7 @@ class DecoderTopDown(_AttendingDecoder):
         super().__init__()
         self.embed = nn.Embedding(vocab_size, embed_size)
         self.attention = Attention(hidden_size, embed_size, attention_size)
-        # The gates of the two LSTMs. Of the first's three inputs, word and picture do not wait for earlier steps.
+        # The gates of the two LSTMs. Of the first's three inputs, word and image do not wait for earlier steps.
         self.look_word = nn.Linear(embed_size, 4 * hidden_size)
         self.look_picture = nn.Linear(embed_size, 4 * hidden_size, bias=False)
         self.look = nn.Linear(2 * hidden_size, 4 * hidden_size, bias=False)
@@ -380,10 +380,10 @@ class DecoderTopDown(_AttendingDecoder):
     def _look(
         self, words: Tensor, memory: tuple[Tensor, Tensor, Tensor], state: State
     ) -> tuple[State, tuple[Tensor], Tensor]:
-        keys, values, picture = memory
+        keys, values, image = memory
         looked, look_cell, spoke, speak_cell = state
         gates = words + self.look(torch.cat([looked, spoke], -1))
-        gates = (gates.unflatten(0, (len(picture), -1)) + picture.unsqueeze(1)).flatten(0, 1)
+        gates = (gates.unflatten(0, (len(image), -1)) + image.unsqueeze(1)).flatten(0, 1)
         looked, look_cell = _lstm(gates, look_cell)
         context, alphas = self.attention(looked, keys, values)
         spoke, speak_cell = _lstm(self.speak(torch.cat([context, looked, spoke], -1)), speak_cell)

@@ -24,7 +24,7 @@ class Hypothesis:
     Attributes:
         ids: its words, without `<start>` and `<end>`.
         log_probs: the model's log-probability of each word, and last that of `<end>`, in nats.
-        score: their sum divided by their number to the power `Rules.length_penalty`.
+        score: their sum divided by their number to the power `DecodingOptions.length_penalty`.
         alphas: attention `(len(ids), L)` at each word, from decoders that have it, when asked for.
     """
 
@@ -35,7 +35,7 @@ class Hypothesis:
 
 
 @dataclass(frozen=True)
-class Rules:
+class DecodingOptions:
     """What a caption may be, and how captions of different lengths compare.
 
     Attributes:
@@ -63,7 +63,7 @@ class Rules:
             raise UserError("length_penalty and no_repeat_ngram cannot be negative; 0 turns either off")
 
     @classmethod
-    def of(cls, vocab: Vocabulary, allow_unk: bool = False, **options: float) -> Rules:
+    def of(cls, vocab: Vocabulary, allow_unk: bool = False, **options: float) -> DecodingOptions:
         """The rules for a vocabulary's special words; `options` are the other attributes."""
         special = {vocab.start_id, vocab("<pad>") if "<pad>" in vocab else vocab.start_id}
         banned = special if allow_unk else special | {vocab.unk_id}
@@ -74,7 +74,7 @@ class Rules:
         return math.fsum(log_probs) / len(log_probs) ** self.length_penalty
 
     def apply(self, log_probs: Tensor, history: Tensor) -> Tensor:
-        """Rules out next words: log-probabilities `(N, V)` after words `(N, t)`, with -inf for what is not allowed.
+        """Masks the next words: log-probabilities `(N, V)` after words `(N, t)`, with -inf for what is not allowed.
 
         Where nothing is left, `<end>` is.
         """
@@ -100,19 +100,21 @@ class Rules:
 
 
 @torch.no_grad()
-def greedy(decoder: Decoder, features: Tensor, rules: Rules | None = None, alphas: bool = False) -> list[Hypothesis]:
+def greedy(
+    decoder: Decoder, features: Tensor, rules: DecodingOptions | None = None, alphas: bool = False
+) -> list[Hypothesis]:
     """Takes the most likely word at every step.
 
     Args:
         decoder: any decoder, in eval mode.
         features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `Rules`.
+        rules: see `DecodingOptions`.
         alphas: whether to keep the attention.
 
     Returns:
         one hypothesis an image.
     """
-    rows = _roll_out(decoder, features, 1, rules or Rules(), lambda allowed: allowed.argmax(1), alphas)
+    rows = _roll_out(decoder, features, 1, rules or DecodingOptions(), lambda allowed: allowed.argmax(1), alphas)
     return [row[0] for row in rows]
 
 
@@ -120,7 +122,7 @@ def greedy(decoder: Decoder, features: Tensor, rules: Rules | None = None, alpha
 def sample(
     decoder: Decoder,
     features: Tensor,
-    rules: Rules | None = None,
+    rules: DecodingOptions | None = None,
     n: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -133,7 +135,7 @@ def sample(
     Args:
         decoder: any decoder, in eval mode.
         features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `Rules`.
+        rules: see `DecodingOptions`.
         n: how many captions an image.
         temperature: below 1 sharpens the distribution, above 1 flattens it.
         top_k: draws from the so many likeliest words only; 0 from all.
@@ -160,11 +162,16 @@ def sample(
         choice = torch.multinomial(ordered.masked_fill(out, 0.0), 1, generator=generator)
         return index.gather(1, choice).squeeze(1)
 
-    return _roll_out(decoder, features, n, rules or Rules(), draw, alphas)
+    return _roll_out(decoder, features, n, rules or DecodingOptions(), draw, alphas)
 
 
 def _roll_out(
-    decoder: Decoder, features: Tensor, k: int, rules: Rules, choose: Callable[[Tensor], Tensor], keep_alphas: bool
+    decoder: Decoder,
+    features: Tensor,
+    k: int,
+    rules: DecodingOptions,
+    choose: Callable[[Tensor], Tensor],
+    keep_alphas: bool,
 ) -> list[list[Hypothesis]]:
     """Writes k captions an image, each on its own, with `choose` picking a word for every row."""
     memory, state = decoder.start(features)
@@ -197,7 +204,7 @@ def _roll_out(
 def beam_search(
     decoder: Decoder,
     features: Tensor,
-    rules: Rules | None = None,
+    rules: DecodingOptions | None = None,
     beam_size: int = 5,
     n_best: int = 1,
     alphas: bool = False,
@@ -211,7 +218,7 @@ def beam_search(
     Args:
         decoder: any decoder, in eval mode.
         features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `Rules`.
+        rules: see `DecodingOptions`.
         beam_size: K.
         n_best: how many captions to return an image, at most `beam_size`.
         alphas: whether to keep the attention.
@@ -224,7 +231,7 @@ def beam_search(
     """
     if not 1 <= n_best <= beam_size:
         raise UserError(f"cannot return {n_best} captions from a beam of {beam_size}; give 1 <= n_best <= beam_size")
-    rules = rules or Rules()
+    rules = rules or DecodingOptions()
     b, k = features.shape[0], beam_size
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
@@ -275,6 +282,33 @@ def beam_search(
             break
         words = words.flatten()
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
+
+
+def decode(
+    decoder: Decoder,
+    features: Tensor,
+    strategy: str = "beam",
+    options: DecodingOptions | None = None,
+    n: int = 1,
+    beam_size: int = 5,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    alphas: bool = False,
+) -> list[list[Hypothesis]]:
+    """Captions encoded images with any strategy: `beam`, `greedy` or `sample`; `n` captions an image.
+
+    Raises:
+        UserError: there is no such strategy, or an argument is out of its range.
+    """
+    if strategy == "beam":
+        return beam_search(decoder, features, options, max(beam_size, n), n, alphas)
+    if strategy == "greedy":
+        return [[found] for found in greedy(decoder, features, options, alphas)]
+    if strategy == "sample":
+        return sample(decoder, features, options, n, temperature, top_k, top_p, generator, alphas)
+    raise UserError(f"there is no decoding strategy {strategy!r}; choose one of beam, greedy, sample")
 
 
 def _reorder(beams: Tensor, parents: Tensor) -> Tensor:

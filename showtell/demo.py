@@ -3,7 +3,7 @@
     showtell demo
 
 First the released model, where there is one, captions the photographs inside scikit-image's package. Then the demo
-trains on scenes drawn as it goes, captions 200 pictures of combinations it has seen and 200 with a (colour, shape)
+trains on scenes drawn as it goes, captions 200 images of combinations it has seen and 200 with a (colour, shape)
 combination it never saw, has every caption checked against the scene, and writes a page with all of them.
 """
 
@@ -92,9 +92,9 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
         f"A captioner trained from scratch on {n_train:,} drawn scenes in {_minutes(time.monotonic() - started)}. "
         "A caption counts as right only if it names number, colour and shape of everything and all it says is true.",
         [
-            Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} pictures never shown in training"),
+            Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} images never shown in training"),
             Tile("right, unseen combinations", f"{rates['unseen']:.1%}", "a colour and shape never seen together"),
-            Tile("best constant caption", f"{rates['constant']:.1%}", "the same words for every picture"),
+            Tile("best constant caption", f"{rates['constant']:.1%}", "the same words for every image"),
             Tile("validation perplexity", f"{history[-1]['val_perplexity']:.2f}", "per word"),
         ],
         [
@@ -112,10 +112,10 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
             f"  {caption.text}{'' if verdict.true and verdict.complete else '   (wrong: ' + verdict.problems[0] + ')'}"
         )
     print(
-        f"right captions: {rates['seen']:.1%} of {len(seen)} pictures of seen combinations, {rates['unseen']:.1%} of "
+        f"right captions: {rates['seen']:.1%} of {len(seen)} images of seen combinations, {rates['unseen']:.1%} of "
         f"{len(unseen)} of unseen ones; the best constant caption: {rates['constant']:.1%}"
     )
-    print(f"the page: {page}\nthe picture: {figure}\n{_minutes(time.monotonic() - started)} in all")
+    print(f"the page: {page}\nthe image: {figure}\n{_minutes(time.monotonic() - started)} in all")
     return rates
 
 
@@ -129,7 +129,7 @@ def caption_photographs(device: str = "cpu") -> list[Card]:
     except MissingFileError:
         return []
     found = ((path, captioner.caption(path)[0]) for path in paths)
-    return [Card(path, path.name, c.text, (), c.words, c.word_probs, c.score) for path, c in found]
+    return [Card(path, path.name, c.text, (), c.pieces, c.word_probs, c.score) for path, c in found]
 
 
 def _make_way(folder: Path) -> None:
@@ -174,7 +174,7 @@ def _card(scene: synthetic.Scene, caption: Caption, verdict: synthetic.Verdict, 
         title,
         caption.text,
         synthetic.describe(scene),
-        caption.words,
+        caption.pieces,
         caption.word_probs,
         caption.score,
         verdict.true and verdict.complete,

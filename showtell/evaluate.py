@@ -18,7 +18,7 @@ from showtell import datasets, metrics, scoring
 from showtell.captioner import MODELS, Caption, find_model, load
 from showtell.data_loader import CaptionDataset, CaptionLoader, ImageBatchSampler, collate
 from showtell.datasets import CaptionSet
-from showtell.decoding import Hypothesis, Rules, beam_search
+from showtell.decoding import DecodingOptions, Hypothesis, beam_search
 from showtell.errors import UserError
 from showtell.files import write_json
 from showtell.model import CaptionModel, Loss, caption_loss
@@ -71,7 +71,7 @@ def perplexity(
 def write_captions(
     model: CaptionModel,
     loader: CaptionLoader,
-    rules: Rules,
+    rules: DecodingOptions,
     beam_size: int = 5,
     device: str | torch.device = "cpu",
     progress: bool = False,
@@ -80,7 +80,7 @@ def write_captions(
 ) -> dict[str, Hypothesis]:
     """Captions every image of a loader from `image_loader` once, free-running; `on_batch` as in `perplexity`.
 
-    With `losses`, the teacher-forced loss of every batch is appended to it, from the same encoding of the pictures.
+    With `losses`, the teacher-forced loss of every batch is appended to it, from the same encoding of the images.
 
     Returns:
         image id (as a string) -> its best hypothesis; images that could not be read are not in it.
@@ -88,7 +88,7 @@ def write_captions(
     model.eval()
     samples: CaptionDataset = loader.dataset
     found: list[Hypothesis] = []
-    loader.broken.clear()  # a picture that could not be read last time may be back
+    loader.broken.clear()  # an image that could not be read last time may be back
     with tqdm(total=len(samples), desc="captions", unit=" images", disable=not progress) as bar:
         for images, captions in loader:
             if on_batch:
@@ -100,13 +100,15 @@ def write_captions(
                 losses.append(caption_loss(model.decoder(features, captions.flatten(0, -2)), captions))
             bar.update(len(images))
     ids = [
-        str(i) for i, path in zip(samples.captions.image_ids, _paths(samples), strict=True) if path not in loader.broken
+        str(i)
+        for i, path in zip(samples.caption_set.image_ids, _paths(samples), strict=True)
+        if path not in loader.broken
     ]
     return dict(zip(ids, found, strict=True))
 
 
 def _paths(samples: CaptionDataset) -> list[str]:
-    return [str(samples.captions.path(i)) for i in range(len(samples.captions))]
+    return [str(samples.caption_set.path(i)) for i in range(len(samples.caption_set))]
 
 
 @dataclass
@@ -194,7 +196,7 @@ def evaluate(
     )
     if not found:
         raise UserError(
-            f"none of the {len(captions)} pictures of {captions.name} {captions.split} can be read; mend them first"
+            f"none of the {len(captions)} images of {captions.name} {captions.split} can be read; mend them first"
         )
     written = {i: Caption.of(h, captioner.vocab) for i, h in found.items()}
     references = {i: texts for i, texts in captions.references().items() if i in written}
@@ -213,12 +215,12 @@ def evaluate(
     write_json(folder / "captions.json", rows)
     evaluation = Evaluation(about, ppl, result, written, folder / "captions.json")
     if html:
-        pictures = {str(i): n for n, i in enumerate(captions.image_ids)}
+        images = {str(i): n for n, i in enumerate(captions.image_ids)}
         write_results(
             html,
             result,
             references,
-            lambda i: captions.path(pictures[i]) or captions.image(pictures[i]),
+            lambda i: captions.path(images[i]) or captions.image(images[i]),
             ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in about.items()),
             [Tile("perplexity", f"{ppl:.2f}")],
             written,

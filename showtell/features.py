@@ -1,17 +1,17 @@
-"""The feature cache: what a frozen backbone gives for each picture, computed once and read at every epoch.
+"""The feature cache: what a frozen backbone gives for each image, computed once and read at every epoch.
 
     cache = FeatureCache.open("runs/features", encoder.backbone, transform)
-    cache.build(train_set)                       # resumes where a killed build stopped; new pictures extend it
+    cache.build(train_set)                       # resumes where a killed build stopped; new images extend it
     features = cache.get(cache.rows(train_set))  # (N, D) or (N, L, D), half precision
 
 One folder holds the caches of all backbones and transforms, each in a folder of its own named by `fingerprint`. There,
-`features.f16` is rows of half-precision numbers with nothing between them, and `index.jsonl` says which picture each
+`features.f16` is rows of half-precision numbers with nothing between them, and `index.jsonl` says which image each
 row belongs to. Both only grow, the index after the rows, so that a kill at any moment costs the work of a second.
 
-A picture is known by its contents, so that a folder may be moved, copied or renamed. Its path, size and time of change
+An image is known by its contents, so that a folder may be moved, copied or renamed. Its path, size and time of change
 spare reading it again to find that out, as in git.
 
-Shapes: N pictures, L grid cells, D feature size.
+Shapes: N images, L grid cells, D feature size.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def fingerprint(backbone: Backbone, transform: Transform, precision: str = "floa
 
 
 class Entry(NamedTuple):
-    """A line of the index: the row of a picture, the digest of its contents, and its stamp where it is a file."""
+    """A line of the index: the row of an image, the digest of its contents, and its stamp where it is a file."""
 
     row: int
     digest: str
     stamp: Stamp | None
 
 
-class Picture(NamedTuple):
-    """A picture that was read, ready for the network; or, where there is a `problem`, one that could not be."""
+class LoadedImage(NamedTuple):
+    """An image that was read, ready for the network; or, where there is a `problem`, one that could not be."""
 
     name: str
     problem: str = ""
@@ -85,14 +85,14 @@ class Picture(NamedTuple):
 
 
 class FeatureCache:
-    """The features of one frozen backbone under one transform, for any number of picture sets.
+    """The features of one frozen backbone under one transform, for any number of image sets.
 
     Reading needs no more than the folder: a cache pickles into a few hundred bytes, and each loader worker, forked or
     spawned, maps the file for itself. One process at a time may build; others may read meanwhile.
 
     Attributes:
         folder: where this backbone's and this transform's features are.
-        shape: that of one picture's features, `(D,)` or `(L, D)`.
+        shape: that of one image's features, `(D,)` or `(L, D)`.
     """
 
     def __init__(
@@ -132,26 +132,26 @@ class FeatureCache:
                 it, and exact to two or three digits); the features are kept in half precision either way.
 
         Raises:
-            UserError: the backbone trains, or the transform is random or keeps a picture's proportions.
+            UserError: the backbone trains, or the transform is random or keeps an image's proportions.
         """
         if backbone.trainable:
             raise UserError(
                 f"the features of {backbone.name} cannot be cached while it trains; freeze it with "
-                "backbone.fine_tune(None), or train from pictures without a cache"
+                "backbone.fine_tune(None), or train from images without a cache"
             )
         if not isinstance(transform, Transform):
             raise UserError(
                 f"a {type(transform).__name__} is not a transform that a cache can recognise again; give a "
-                "showtell.transforms.Transform, or train from pictures without a cache"
+                "showtell.transforms.Transform, or train from images without a cache"
             )
         if transform != transform.evaluation():
             raise UserError(
                 "the features of a random transform cannot be cached (random_crop or flip is on); give "
-                "transform.evaluation(), or train from pictures without a cache"
+                "transform.evaluation(), or train from images without a cache"
             )
         if transform.size is None:
             raise UserError(
-                f"{transform} gives pictures of many shapes and a cache needs one; add a crop, as in "
+                f"{transform} gives images of many shapes and a cache needs one; add a crop, as in "
                 "Transform(resize=256, crop=224)"
             )
         if precision not in PRECISIONS:
@@ -179,7 +179,7 @@ class FeatureCache:
     # ---- Reading -------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of rows, which is that of different pictures."""
+        """The number of rows, which is that of different images."""
         self._read_index()
         return self._rows_known
 
@@ -194,7 +194,7 @@ class FeatureCache:
             `(N, D)` or `(N, L, D)`, float16: a decoder on a GPU wants them moved before they are made wider.
 
         Raises:
-            IndexError: a row is -1, that of a broken picture, or is not there.
+            IndexError: a row is -1, that of a broken image, or is not there.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if self._map is None or (rows.size and rows.max() >= len(self._map)):
@@ -204,12 +204,12 @@ class FeatureCache:
         return torch.from_numpy(self._map[rows])  # fancy indexing copies: no view of the file escapes
 
     def rows(self, caption_set: CaptionSet) -> np.ndarray:
-        """The row of each picture of a set, int64 `(N,)`; -1 where it has none, being broken or not built yet."""
+        """The row of each image of a set, int64 `(N,)`; -1 where it has none, being broken or not built yet."""
         self._read_index()
         return np.array([self._find(caption_set, i) for i in range(len(caption_set))], dtype=np.int64)
 
     def missing(self, caption_set: CaptionSet) -> list[int]:
-        """The indices of a set's pictures that have no row yet; broken ones stay among them, to be tried again."""
+        """The indices of a set's images that have no row yet; broken ones stay among them, to be tried again."""
         return np.flatnonzero(self.rows(caption_set) < 0).tolist()
 
     def _rows_on_disk(self) -> int:
@@ -224,7 +224,7 @@ class FeatureCache:
         return np.memmap(self._features_file, dtype="<f2", mode="r", shape=(n_rows, *self.shape))
 
     def _find(self, caption_set: CaptionSet, i: int) -> int:
-        """The row of picture i, or -1."""
+        """The row of image i, or -1."""
         path = caption_set.path(i)
         if path is None:  # drawn: drawing it again is as quick as reading a file
             return self._row_of_digest.get(_digest_of_pixels(caption_set.image(i)), -1)
@@ -279,18 +279,18 @@ class FeatureCache:
         Interrupted at any moment, even by a kill or a power cut, the next build goes on where this one stopped.
 
         Args:
-            caption_set: the pictures.
-            batch_size: pictures a step of the network.
-            num_workers: threads that read pictures while the network runs; 0 is one of them.
+            caption_set: the images.
+            batch_size: images a step of the network.
+            num_workers: threads that read images while the network runs; 0 is one of them.
             device: where a copy of the backbone computes.
             progress: whether to write the size and a bar to standard error.
-            max_broken: how many pictures may be unreadable; one in a hundred, but at least ten, where left out.
+            max_broken: how many images may be unreadable; one in a hundred, but at least ten, where left out.
 
         Returns:
-            one sentence for each picture that could not be read; it has no row.
+            one sentence for each image that could not be read; it has no row.
 
         Raises:
-            UserError: too little disk, another process builds this cache, too many pictures or all of them are
+            UserError: too little disk, another process builds this cache, too many images or all of them are
                 unreadable, or half precision cannot hold the features.
         """
         if self._backbone is None:
@@ -333,39 +333,39 @@ class FeatureCache:
         max_broken: int,
     ) -> list[str]:
         compute = self._on_device(device)
-        broken: list[Picture] = []
+        broken: list[LoadedImage] = []
 
-        def read(i: int) -> Picture:
+        def read(i: int) -> LoadedImage:
             path = caption_set.path(i)
             name = str(path or caption_set.image_ids[i])
             try:
                 stamp = None if path is None else _stamp(path)  # before reading: a change meanwhile makes it unknown
                 image = caption_set.image(i)
                 digest = _digest_of_pixels(image) if path is None else _digest_of_file(path)
-                return Picture(name, "", digest, stamp, self._transform(image))
+                return LoadedImage(name, "", digest, stamp, self._transform(image))
             except (BrokenImageError, OSError) as error:
-                return Picture(name, str(error))
+                return LoadedImage(name, str(error))
 
         with (
             _Writer(self) as writer,
             tqdm(total=len(missing), unit="image", desc="features", disable=not progress) as bar,
-            contextlib.closing(_ahead(read, missing, max(1, num_workers), batch_size + num_workers)) as pictures,
+            contextlib.closing(_ahead(read, missing, max(1, num_workers), batch_size + num_workers)) as images,
         ):
-            while batch := list(islice(pictures, batch_size)):
-                broken += [picture for picture in batch if picture.problem]
-                good = [picture for picture in batch if not picture.problem]
-                # Pictures with the same contents share a row.
+            while batch := list(islice(images, batch_size)):
+                broken += [image for image in batch if image.problem]
+                good = [image for image in batch if not image.problem]
+                # Images with the same contents share a row.
                 fresh = {p.digest: p.pixels for p in good if p.digest not in self._row_of_digest}
                 if fresh:
                     writer.add_rows(list(fresh), compute(torch.stack(list(fresh.values()))))
                 writer.add_names(good)
                 bar.update(len(batch))
                 if len(broken) > max_broken or len(broken) == len(caption_set):
-                    raise _too_many_broken([picture.name for picture in broken], len(caption_set), max_broken)
-        return [picture.problem for picture in broken]
+                    raise _too_many_broken([image.name for image in broken], len(caption_set), max_broken)
+        return [image.problem for image in broken]
 
     def _on_device(self, device: str | torch.device) -> Callable[[Tensor], np.ndarray]:
-        """The backbone as a function from pictures `(N, 3, S, S)` to half-precision rows."""
+        """The backbone as a function from images `(N, 3, S, S)` to half-precision rows."""
         device = torch.device(device)
         backbone = copy.deepcopy(self._backbone).to(device)
         reduced = self._precision == "bfloat16"
@@ -378,7 +378,7 @@ class FeatureCache:
             if not (half := features.half()).isfinite().all():
                 raise UserError(
                     f"the features of {backbone.name} reach {features.abs().max():.3g}, and the cache's half precision "
-                    "ends at 65504; train from pictures without a cache, or choose another backbone"
+                    "ends at 65504; train from images without a cache, or choose another backbone"
                 )
             return half.cpu().numpy().astype("<f2", copy=False)
 
@@ -412,16 +412,16 @@ class _Writer:
             os.fsync(self.index_file.fileno())
 
     def add_rows(self, digests: list[str], rows: np.ndarray) -> None:
-        """Appends the rows of new pictures; until `add_names`, nothing refers to them."""
+        """Appends the rows of new images; until `add_names`, nothing refers to them."""
         self.rows_file.write(rows.tobytes())
         self.rows_file.flush()
         for row, digest in enumerate(digests, self.cache._rows_known):
             self.cache._learn(Entry(row, digest, None))
 
-    def add_names(self, pictures: Iterable[Picture]) -> None:
-        """Adds the lines of pictures whose rows are there."""
-        for picture in pictures:
-            entry = Entry(self.cache._row_of_digest[picture.digest], picture.digest, picture.stamp)
+    def add_names(self, images: Iterable[LoadedImage]) -> None:
+        """Adds the lines of images whose rows are there."""
+        for image in images:
+            entry = Entry(self.cache._row_of_digest[image.digest], image.digest, image.stamp)
             self.cache._learn(entry)
             self._add(entry)
         if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
@@ -452,7 +452,7 @@ def _parse(line: bytes) -> Entry | None:
 def _stamp(path: str | os.PathLike) -> Stamp | None:
     try:
         stat = os.stat(path)
-    except OSError:  # the reader of the picture says what is wrong with it
+    except OSError:  # the reader of the image says what is wrong with it
         return None
     return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
 
@@ -470,9 +470,9 @@ def _digest_of_pixels(image: Tensor) -> str:
 def _too_many_broken(names: list[str], n_images: int, max_broken: int) -> UserError:
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
     if len(names) == n_images:
-        return UserError(f"none of the {n_images:,} pictures can be read ({shown}); check the folder they are in")
+        return UserError(f"none of the {n_images:,} images can be read ({shown}); check the folder they are in")
     return UserError(
-        f"{len(names):,} of {n_images:,} pictures cannot be read, and at most {max_broken:,} may be skipped ({shown}); "
+        f"{len(names):,} of {n_images:,} images cannot be read, and at most {max_broken:,} may be skipped ({shown}); "
         "repair or remove them, or allow more with max_broken"
     )
 
@@ -484,7 +484,7 @@ def _ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: i
     killed build leaves no worker behind.
     """
     n_threads = torch.get_num_threads()
-    # A picture is too small to share out: on a busy machine, the threads at work on one mostly wait for each other.
+    # An image is too small to share out: on a busy machine, the threads at work on one mostly wait for each other.
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque = deque()
         try:

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from showtell.errors import UserError
+from showtell.errors import MissingFileError, UserError
 
 try:
     import fcntl
@@ -90,6 +90,27 @@ def lock(folder: str | os.PathLike, doing: str) -> Iterator[None]:
             yield
     finally:
         _held.discard(folder)
+
+
+def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> None:
+    """Refuses anything that is not a regular file before it is opened: a pipe would block and a device never ends.
+
+    Args:
+        path: the file to be read.
+        what: what the file should be, for the error message ("image", "checkpoint").
+        remedy: what to do about it.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: it is a folder, a pipe, a socket or a device.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not a {what}; {remedy}")
+    if not path.exists():
+        raise MissingFileError(f"there is no {what} at {path}; {remedy}")
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file (a pipe, a socket or a device); {remedy}")
 
 
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:

@@ -47,7 +47,7 @@ def import_legacy(
         encoder_path: the encoder's state dict.
         decoder_path: the decoder's state dict.
         vocab_path: the vocabulary, a pickled `Vocabulary` object.
-        transform: how the model sees pictures; the file does not say. Most ancestors trained on crops of 224 pixels.
+        transform: how the model sees images; the file does not say. Most ancestors trained on crops of 224 pixels.
 
     Raises:
         MissingFileError: one of the files is not there.
@@ -147,7 +147,7 @@ def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, 
     first = next((key for key, tensor in state.items() if tensor.shape == (64, 3, 7, 7)), None)
     if first is None:
         raise UserError(
-            f"{path} has no ResNet (no 7x7 convolution of a picture, but {_some(state)}); "
+            f"{path} has no ResNet (no 7x7 convolution of an image, but {_some(state)}); "
             "give the encoder first, the decoder second and the vocabulary third"
         )
     prefix = first.removesuffix("weight").removesuffix("conv1.").removesuffix("0.")  # "resnet." in all of them

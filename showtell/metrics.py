@@ -25,7 +25,11 @@ from showtell.files import atomic_path
 from showtell.ngrams import NgramCounts, Tokens, longest_common_subsequence
 from showtell.tokenizer import TOKENIZERS
 
-METRICS = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE")
+LABELS = {
+    "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "Bleu_4": "BLEU-4",
+    "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr-D", "SPICE": "SPICE",
+}  # fmt: skip
+METRICS = tuple(LABELS)
 
 # ---- the metrics; each first makes one row of numbers per image, whose sums over images give the corpus score ----
 

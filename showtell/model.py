@@ -38,7 +38,7 @@ class EncoderCNN(nn.Module):
         Args:
             embed_size: E, the size of what the decoder reads.
             batch_norm: adds `BatchNorm1d` behind the linear layer, as some published captioners do; over all cells of
-                all pictures where there is a grid.
+                all images where there is a grid.
         """
         super().__init__()
         self.backbone = Backbone(backbone, grid, weights, stride_in_1x1)
@@ -49,11 +49,11 @@ class EncoderCNN(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, S, S)` -> `(B, E)`, or `(B, L, E)` with a grid; likewise from what a cache holds of them.
 
-        A cache holds what `backbone.stem()` gives, in half precision, which is brought to that of the weights.
+        A cache holds what `backbone.frozen_part()` gives, in half precision, which is brought to that of the weights.
         """
         if images.dim() == 4:
             return self.embed(self.backbone(images))
-        return self.embed(self.backbone.finish(images.to(next(self.embed.parameters()).dtype)))
+        return self.embed(self.backbone.forward_from_frozen(images.to(next(self.embed.parameters()).dtype)))
 
 
 class _BatchNorm(nn.BatchNorm1d):
@@ -91,10 +91,10 @@ class CaptionModel(nn.Module):
         self.encoder = EncoderCNN(**config["encoder"], grid=self.decoder.grid, weights=weights)
 
     def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing from pictures `(B, 3, S, S)`, or from what a cache holds of them.
+        """Teacher forcing from images `(B, 3, S, S)`, or from what a cache holds of them.
 
         Args:
-            images: pictures, or what `encoder.backbone.stem()` gave for them: `(B, D)` or `(B, L, C)`.
+            images: images, or what `encoder.backbone.frozen_part()` gave for them: `(B, D)` or `(B, L, C)`.
             captions: `(B, T)`, or `(B, K, T)` with K captions an image, padded with `IGNORE`.
 
         Returns:

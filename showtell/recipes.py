@@ -29,9 +29,9 @@ class Recipe:
         attention_size: of the attention's perceptron. num_heads: of the Transformer.
         word_dropout: the part of the words read that is hidden, see `showtell.train.drop_words`.
         dropout: on the decoder's inputs and outputs. tie_embeddings: one matrix for reading and writing words.
-        resize, squash, crop: the pictures' size: `resize` for the shorter side and a square `crop` of it, or, with
-            `squash`, the whole picture brought to `resize` x `resize`.
-        random_crop, flip: augmentation; random crops need the pictures themselves, flips a second cache.
+        resize, squash, crop: the images' size: `resize` for the shorter side and a square `crop` of it, or, with
+            `squash`, the whole image brought to `resize` x `resize`.
+        random_crop, flip: augmentation; random crops need the images themselves, flips a second cache.
         tokenizer, threshold: of the vocabulary.
         group: what is batched, captions of one `length` or each `image` with all its captions, or, with
             `captions_per_image`, so many of them drawn anew each epoch.
@@ -107,10 +107,10 @@ class Recipe:
                 f"the layers of the decoder {self.decoder} are given; leave num_layers at 1, or choose another decoder"
             )
         if self.squash and self.random_crop:
-            raise UserError("squash keeps the whole picture and random_crop cuts it; turn one of them off")
+            raise UserError("squash keeps the whole image and random_crop cuts it; turn one of them off")
 
     def transform(self) -> Transform:
-        """How pictures reach the network, augmentation included."""
+        """How images reach the network, augmentation included."""
         if self.squash:
             return Transform(resize=(self.resize, self.resize), flip=self.flip)
         return Transform(resize=self.resize, crop=self.crop, random_crop=self.random_crop, flip=self.flip)
@@ -171,8 +171,8 @@ def _convert(name: str, value: object, kind: type) -> object:
 
 
 RECIPES: dict[str, Recipe] = {
-    # Show and Tell on Flickr8k's 6,000 photographs; the whole picture is squashed into the square. Batch norm brings
-    # out what differs between pictures: with it and this rate, two epochs learn what three and a half did without.
+    # Show and Tell on Flickr8k's 6,000 photographs; the whole image is squashed into the square. Batch norm brings
+    # out what differs between images: with it and this rate, two epochs learn what three and a half did without.
     "flickr8k-show-tell": Recipe(resize=224, squash=True, batch_norm=True, lr=1.5e-3, epochs=12),
     # The same with the image beside the word at every step.
     "flickr8k-every-step": Recipe(
@@ -192,7 +192,7 @@ RECIPES: dict[str, Recipe] = {
         resize=224, squash=True, batch_norm=True, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True,
         group="image", batch_size=16, epochs=6, optimizer="adamw", lr=5e-4, warmup=500, weight_decay=0.01,
     ),
-    # Show and Tell on COCO: pictures as they are, cut square in the middle.
+    # Show and Tell on COCO: images as they are, cut square in the middle.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),
     # What the course's notebooks train: 256/512, Adam at 1e-3, no dropout, no smoothing, three epochs.
     "classic": Recipe(

@@ -14,7 +14,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from numbers import Integral, Real
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-from showtell.charts import (
+from showtell.figures import (
     SCALE,
     TONES,
     Bars,
@@ -66,8 +66,8 @@ class Card:
         title: what the picture is called: its id or file name.
         predicted: the caption the model wrote.
         references: the true captions.
-        words: the predicted words as the decoder gave them, specials such as `<end>` included or not.
-        word_probs: their probabilities, 0 to 1, one for each of `words`.
+        pieces: `predicted` cut into its words, each with the space before it (`Caption.pieces`).
+        word_probs: their probabilities, 0 to 1, one for each of `pieces`.
         score: how good the caption is, higher being better; cards are sorted by it.
         ok: whether the caption is right, where something can tell.
         notes: the reasons why it is right or wrong.
@@ -78,7 +78,7 @@ class Card:
     title: str
     predicted: str
     references: Sequence[str] = ()
-    words: Sequence[str] = ()
+    pieces: Sequence[str] = ()
     word_probs: Sequence[float] = ()
     score: float | None = None
     ok: bool | None = None
@@ -86,8 +86,8 @@ class Card:
     alternatives: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if len(self.word_probs) not in (0, len(self.words)):
-            raise ValueError(f"card {self.title}: {len(self.words)} words have {len(self.word_probs)} word_probs")
+        if len(self.word_probs) not in (0, len(self.pieces)):
+            raise ValueError(f"card {self.title}: {len(self.pieces)} pieces have {len(self.word_probs)} word_probs")
 
     @property
     def verdict(self) -> str:
@@ -124,14 +124,15 @@ class Card:
 
     def _predicted_html(self) -> str:
         """The caption, each word tinted by its probability where the probabilities are known."""
-        if not self.predicted.strip() and not self.words:
+        if not self.predicted.strip() and not self.pieces:
             return '<span class="label">(empty caption)</span>'
         if not len(self.word_probs):
             return escape(self.predicted)
         parts = []
-        for gap, word, probability in _spell(self.predicted, self.words, self.word_probs):
-            percent = f"{100 * probability:.0f}"
-            parts.append(f'{gap}<span class="w" style="--p:{probability:.2f}" data-p="{percent}" title="{percent} %">')
+        for piece, probability in zip(self.pieces, self.word_probs, strict=True):
+            percent, word = f"{100 * probability:.0f}", piece.lstrip()
+            parts.append(escape(piece[: len(piece) - len(word)]))
+            parts.append(f'<span class="w" style="--p:{probability:.2f}" data-p="{percent}" title="{percent} %">')
             parts.append(f"{escape(word)}</span>")
         return "".join(parts)
 
@@ -318,28 +319,6 @@ def _is_number(value: object) -> bool:
 
 def _finite(score: float | None) -> float | None:
     return float(score) if score is not None and math.isfinite(score) else None
-
-
-def _spell(text: str, words: Sequence[str], probabilities: Sequence[float]) -> Iterator[tuple[str, str, float]]:
-    """Finds each word in the clean caption and yields the gap before it, its spelling there, its probability.
-
-    So a tinted caption keeps its capital and has no space before its punctuation. Specials that the clean caption
-    leaves out are skipped; where anything else differs, the words are given as they are.
-    """
-    found, position = [], 0
-    for word, probability in zip(words, probabilities, strict=True):
-        start = position + len(text[position:]) - len(text[position:].lstrip())
-        spelling = text[start : start + len(word)]
-        if spelling.casefold() == word.casefold():
-            found.append((text[position:start], spelling, probability))
-            position = start + len(word)
-        elif not re.fullmatch(r"<\w+>", word):
-            position = -1
-            break
-    if position != -1 and not text[position:].strip():
-        return iter(found)
-    shown = [pair for pair in zip(words, probabilities, strict=True) if pair[0] not in ("<start>", "<end>")]
-    return (("" if i == 0 else " ", word, probability) for i, (word, probability) in enumerate(shown))
 
 
 def _picture(image: Any) -> Image.Image:

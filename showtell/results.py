@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from showtell.annotations import read_json
 from showtell.errors import MissingFileError
+from showtell.metrics import LABELS
 from showtell.report import Bars, Card, Gallery, Histogram, Interval, Table, Tile, write_page
-from showtell.scoring import LABELS, Result
-from showtell.tables import read_json
+from showtell.scoring import Result
 
 N_SHOWN = 30  # pictures among the best, and among the worst
 
@@ -20,7 +21,7 @@ N_SHOWN = 30  # pictures among the best, and among the worst
 class Written(Protocol):
     """What is known of a caption beside its text, as `showtell.captioner.Caption` has it."""
 
-    words: list[str]
+    pieces: list[str]
     word_probs: list[float]
 
 
@@ -50,8 +51,8 @@ def write_results(
     order = sorted(cider, key=cider.__getitem__, reverse=True)
 
     def card(i: str) -> Card:
-        words, probs = (written[i].words, written[i].word_probs) if written else ((), ())
-        return Card(picture(i), i, result.captions[i], references[i], words, probs, cider[i])
+        pieces, probs = (written[i].pieces, written[i].word_probs) if written else ((), ())
+        return Card(picture(i), i, result.captions[i], references[i], pieces, probs, cider[i])
 
     rows = []
     for name, label in LABELS.items():

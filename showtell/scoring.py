@@ -7,125 +7,22 @@ one table with intervals and the paired difference of several systems, or one JS
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from showtell import java_metrics, metrics
+from showtell.annotations import read_candidates, read_captions
 from showtell.errors import UserError
-from showtell.tables import read_json, read_text
 from showtell.tokenizer import TOKENIZERS
-
-LABELS = {
-    "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "Bleu_4": "BLEU-4",
-    "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr-D", "SPICE": "SPICE",
-}  # fmt: skip
-_IMAGE_COLUMNS = ("image_id", "image", "id", "file_name", "filename", "file", "path")
-_CAPTION_COLUMNS = ("caption", "text", "sentence")
-_FORMS = (
-    'give COCO annotation json, COCO results json, json of the form {"id": ["caption"]}, or csv/tsv with the columns '
-    "image and caption"
-)
 
 
 def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-# ---- reading ----
-
-
-def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Reads the captions of every image in a file: image ids as text, in the order of the file.
-
-    Accepts COCO annotation json, COCO results json (`[{"image_id": …, "caption": …}]`), plain `{"id": ["…"]}` or
-    `{"id": "…"}` json, and csv/tsv, with a header or as two columns image and caption.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: the file is none of these, or a caption in it is not text.
-    """
-    path = Path(path)
-    captions: dict[str, list[str]] = {}
-    for image, group in _json_rows(path) if path.suffix.lower() == ".json" else _table_rows(path):
-        if not isinstance(image, str | int) or isinstance(image, bool):
-            raise UserError(f"{path} names an image {image!r}; write image ids as numbers or text")
-        for caption in group:
-            if not isinstance(caption, str):
-                raise UserError(
-                    f"image {image} of {path} has the caption {json.dumps(caption)}; write captions as text"
-                )
-        captions.setdefault(str(image), []).extend(group)
-    if not captions:
-        raise UserError(f"{path} holds no captions; {_FORMS}")
-    return captions
-
-
-def _json_rows(path: Path) -> Iterator[tuple[object, list]]:
-    content = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = content["annotations"]
-    if isinstance(content, dict):
-        for image, group in content.items():
-            if isinstance(group, dict):
-                raise UserError(f"{path} holds an object under {image!r}; {_FORMS}")
-            yield image, group if isinstance(group, list) else [group]
-    elif isinstance(content, list):
-        for number, row in enumerate(content, 1):
-            if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
-                raise UserError(f"entry {number} of {path} has no image_id and caption; {_FORMS}")
-            yield row["image_id"], [row["caption"]]
-    else:
-        raise UserError(f"{path} holds a json {type(content).__name__}; {_FORMS}")
-
-
-def _table_rows(path: Path) -> Iterator[tuple[object, list]]:
-    text = read_text(path)
-    # In a tsv a quotation mark is an ordinary character, and a stray one must not swallow the lines after it.
-    tabs = path.suffix.lower() != ".csv" and "\t" in text
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
-    image_at, caption_at, width = 0, 1, 2
-    csv.field_size_limit(2**31 - 1)  # a caption may have 10,000 words
-    try:
-        for number, row in enumerate(row for row in reader if any(cell.strip() for cell in row)):
-            if number == 0:
-                names = [cell.strip().lower() for cell in row]
-                image = next((names.index(name) for name in _IMAGE_COLUMNS if name in names), None)
-                caption = next((names.index(name) for name in _CAPTION_COLUMNS if name in names), None)
-                if image is not None and caption is not None:
-                    image_at, caption_at, width = image, caption, len(names)
-                    continue
-            if len(row) != width:
-                raise UserError(
-                    f"line {reader.line_num} of {path} has {len(row)} columns, not {width}; write image and caption in "
-                    "each, and in a csv quotation marks around a caption with commas"
-                )
-            yield row[image_at].strip(), [row[caption_at]]
-    except csv.Error as error:
-        raise UserError(
-            f"line {reader.line_num} of {path} is no csv row ({error}); check its quotation marks"
-        ) from None
-
-
-def read_candidates(path: str | Path) -> dict[str, str]:
-    """Reads one caption for each image; a row given twice counts once.
-
-    Raises:
-        UserError: an image has no caption or several differing ones, and whatever `read_captions` raises.
-    """
-    candidates = {}
-    for image, group in read_captions(path).items():
-        if len(set(group)) != 1:
-            raise UserError(f"{path} has {len(set(group))} captions for image {image}; give each image exactly one")
-        candidates[image] = group[0]
-    return candidates
 
 
 def _matched(
@@ -310,13 +207,17 @@ def format_table(results: Sequence[Result]) -> str:
     interval = ", 95 % intervals over images" if results[0].intervals else ""
     lines = [f"{what}; tokeniser {first.tokenizer}; scores × 100{interval}", ""]
     rows = [["", *(result.name for result in results), ""]]
-    for metric, label in LABELS.items():
+    for metric, label in metrics.LABELS.items():
         rows.append([label, *(_cell(result, metric) for result in results), results[0].missing.get(metric, "")])
     lines += _aligned(rows)
     for result in results[1:]:
         lines += ["", f"{result.name} minus {result.against}"]
         lines += _aligned(
-            [LABELS[metric], f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]", _p(d.p_value)]
+            [
+                metrics.LABELS[metric],
+                f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
+                _p(d.p_value),
+            ]
             for metric, d in result.differences.items()
         )
     lines += ["", *_aligned(_health_rows(results)), ""]

@@ -46,7 +46,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: its centre `x`, `y` (0 to 1, down and right) and `radius`, as parts of the picture's side."""
+    """One drawn shape: its centre `x`, `y` (0 to 1, down and right) and `radius`, as parts of the image's side."""
 
     shape: str
     color: str
@@ -63,7 +63,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one picture: the things and the background's RGB."""
+    """What is in one image: the things and the background's RGB."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int] = (255, 255, 255)
@@ -122,7 +122,7 @@ def check(sentence: str, scene: Scene) -> Verdict:
         return Verdict(False, False, [str(error)])
     groups = scene.groups()
     if len(mentions) > len(groups):
-        return Verdict(False, False, [f"the sentence names {len(mentions)} groups and the picture has {len(groups)}"])
+        return Verdict(False, False, [f"the sentence names {len(mentions)} groups and the image has {len(groups)}"])
     # Which name means which group is not said: the reading that leaves least to object to.
     verdicts = [_judge(mentions, links, chosen, groups) for chosen in permutations(groups, len(mentions))]
     return min(verdicts, key=lambda verdict: (not verdict.true, not verdict.complete, len(verdict.problems)))
@@ -148,7 +148,7 @@ def related(first: Sequence[Thing], relation: str, second: Sequence[Thing], clea
 
 
 def _placed(group: Sequence[Thing], place: str, clearly: bool = False) -> bool:
-    """Whether every thing's centre is in that part of the picture."""
+    """Whether every thing's centre is in that part of the image."""
     edge, middle = (0.35, 0.09) if clearly else (0.42, 0.14)
     inside = {
         "left": lambda x, y: x < edge,

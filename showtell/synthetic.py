@@ -1,6 +1,6 @@
-"""Pictures of coloured shapes with sentences that are true of them: a data set with no download.
+"""Images of coloured shapes with sentences that are true of them: a data set with no download.
 
-A `Scene` is a pure function of (index, seed, split); `draw` makes its picture, `describe` its sentences, and `check`
+A `Scene` is a pure function of (index, seed, split); `draw` makes its image, `describe` its sentences, and `check`
 says whether any sentence is true of it and names all that is in it. The sentences are `showtell/sentences.py`.
 """
 
@@ -30,7 +30,7 @@ HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("blue", "trian
 
 _RADII = {"small": (0.09, 0.1), "large": (0.155, 0.175)}
 _EXTENT = 1.14  # no shape reaches farther than this many radii from its centre
-_GAP = 0.02  # kept free between things and along the border, as a part of the picture's side
+_GAP = 0.02  # kept free between things and along the border, as a part of the image's side
 _SQUARE = 0.8  # half a square's side, in radii
 # Tips and inner radius: a triangle is a star with straight sides.
 _TIPS = {"triangle": (3, _EXTENT / 2), "star": (5, 0.48)}
@@ -81,7 +81,7 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
         UserError: `size` is below `MIN_SIZE`, where the shapes cannot be told apart.
     """
     if size < MIN_SIZE:
-        raise UserError(f"a synthetic picture of {size} pixels is too small to show shapes; use {MIN_SIZE} or more")
+        raise UserError(f"a synthetic image of {size} pixels is too small to show shapes; use {MIN_SIZE} or more")
     canvas = np.empty((size, size, 3), np.float32)
     canvas[:] = scene.background
     for thing in scene.things:
@@ -102,7 +102,7 @@ def export_coco(
 ) -> None:
     """Writes scenes as a COCO folder: `train2017/`, `val2017/` and `annotations/{captions,instances}_*2017.json`.
 
-    pycocotools reads it as it reads COCO: five captions a picture; a category, box, area and outline a thing.
+    pycocotools reads it as it reads COCO: five captions an image; a category, box, area and outline a thing.
     """
     from PIL import Image
 

@@ -31,7 +31,7 @@ from showtell.checkpoint import Checkpoint, load_resume, save_checkpoint, save_r
 from showtell.data_loader import CaptionDataset, get_loader
 from showtell.datasets import CaptionSet
 from showtell.decoders import IGNORE
-from showtell.decoding import Rules
+from showtell.decoding import DecodingOptions
 from showtell.errors import UserError
 from showtell.evaluate import image_loader, perplexity, write_captions
 from showtell.features import FeatureCache
@@ -59,7 +59,7 @@ class Run:
         features: folder of the feature cache, `""` for no cache; it holds what the backbone's frozen layers give, and
             serves training without random crops.
         save_minutes: how often the run is saved inside an epoch. print_every: steps between log lines.
-        max_broken: unreadable pictures left out before the run stops. tensorboard: whether to write its event files.
+        max_broken: unreadable images left out before the run stops. tensorboard: whether to write its event files.
     """
 
     dataset: str = "synthetic"
@@ -137,7 +137,7 @@ class Trainer:
         self.data = _digest(self.train_set, self.val_set)
         if state and (self.data, self.vocab.to_dict()) != (state["data"], state["vocabulary"]):
             raise UserError(
-                f"the pictures or captions of {run.data_dir or run.dataset} have changed since {self.out} was begun; "
+                f"the images or captions of {run.data_dir or run.dataset} have changed since {self.out} was begun; "
                 "bring them back as they were, or begin a new run with another --out"
             )
         self.transform = recipe.transform()
@@ -166,7 +166,7 @@ class Trainer:
     def _open_loaders(self, dry: bool) -> None:
         recipe, run = self.recipe, self.run
         cache = mirror_cache = None
-        stem = self.model.encoder.backbone.stem()  # what the whole run leaves as it is
+        stem = self.model.encoder.backbone.frozen_part()  # what the whole run leaves as it is
         if run.features and not dry and stem and not recipe.random_crop:
             precision = "bfloat16" if self._autocast() else "float32"
             still = self.transform.evaluation()
@@ -272,7 +272,7 @@ class Trainer:
             for images, captions in self.loader:
                 loss, words = self._train_step(images, captions)
                 self.totals.add(loss, words)
-                self.step = first + self.loader.drawn  # a batch whose pictures are all broken counts, for resuming
+                self.step = first + self.loader.drawn  # a batch whose images are all broken counts, for resuming
                 captions_seen += int((captions[..., 0] != IGNORE).sum())
                 if self.step % self.run.print_every == 0 or self.step == n_steps:
                     log.step(self.epoch + 1, epochs, self.step, n_steps, self.totals)
@@ -318,7 +318,7 @@ class Trainer:
         indices = next(iter(batches))
         samples: CaptionDataset = self.loader.dataset
         images = samples.image_of[indices] if self.recipe.group == "length" else indices
-        names = [str(samples.captions.image_ids[i]) for i in dict.fromkeys(map(int, images))]
+        names = [str(samples.caption_set.image_ids[i]) for i in dict.fromkeys(map(int, images))]
         raise UserError(
             f"the loss became {loss:.4g} and the norm of its gradient {norm:.4g} at step {self.step + 1} of epoch "
             f"{self.epoch + 1}, in the batch of the images {', '.join(names[:5])}{' …' if len(names) > 5 else ''}; "
@@ -331,11 +331,11 @@ class Trainer:
         """Perplexity over the validation split, and the scores of free-running captions of its images."""
         self.val_loader.dataset.set_epoch(self.epoch)
         loss, ppl = perplexity(self.model, self.val_loader, self.device, on_batch=self._stop_if_asked)
-        rules = Rules.of(self.vocab, length_penalty=self.recipe.length_penalty, max_len=self.recipe.max_len)
+        rules = DecodingOptions.of(self.vocab, length_penalty=self.recipe.length_penalty, max_len=self.recipe.max_len)
         found = write_captions(
             self.model, self.scored, rules, self.recipe.beam_size, self.device, on_batch=self._stop_if_asked
         )
-        references = self.scored.dataset.captions.references()
+        references = self.scored.dataset.caption_set.references()
         written = {i: self.vocab.decode(h.ids) for i, h in found.items()}
         scores = metrics.score({i: references[i] for i in written}, written).corpus
         return {
@@ -487,7 +487,7 @@ def _digest(*sets: CaptionSet) -> str:
 
 
 def drop_words(captions: Tensor, rate: float, unk_id: int) -> Tensor:
-    """Hides a part of the words a decoder reads, so that it has to look at the picture to go on.
+    """Hides a part of the words a decoder reads, so that it has to look at the image to go on.
 
     Word dropout (Bowman et al. 2016, arXiv 1511.06349): each word but `<start>` is `<unk>` with probability `rate`.
 

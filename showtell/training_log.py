@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from showtell.charts import Curve, write_curve
 from showtell.errors import UserError
+from showtell.figures import Curve, write_curve
 
 
 def perplexity_of(loss: float) -> float:

@@ -1,4 +1,4 @@
-"""Reading any picture as RGB, and the plain specification of how a picture becomes a network's input.
+"""Reading any image as RGB, and the plain specification of how an image becomes a network's input.
 
 `read_image` turns a file of whatever kind into (3, H, W) uint8; a `Transform` turns that into (3, S, S) float32. A
 `Transform` is data: it is saved in checkpoints, it fingerprints the feature cache, and its augmentation is a function
@@ -34,7 +34,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BrokenImageError(UserError):
-    """A picture that is there and cannot be read.
+    """An image that is there and cannot be read.
 
     `path` is the file (None for bytes or an array) and `reason` the part of the message that says why. Both survive
     pickling, so that loader workers can report them.
@@ -45,9 +45,9 @@ class BrokenImageError(UserError):
 
 
 def read_image(source: Source) -> torch.Tensor:
-    """Reads a picture as RGB, (3, H, W) uint8, upright, whatever its file holds.
+    """Reads an image as RGB, (3, H, W) uint8, upright, whatever its file holds.
 
-    Grey, palette, CMYK and 16-bit pictures become 8-bit RGB (16 bits by range: 65535 is white); transparency is laid on
+    Grey, palette, CMYK and 16-bit images become 8-bit RGB (16 bits by range: 65535 is white); transparency is laid on
     white; EXIF rotation is applied; of an animation the first frame is taken (`frames` tells how many there are).
     Colour profiles are not applied. JPEGs take torchvision's decoder, whose pixels equal Pillow's.
 
@@ -57,14 +57,14 @@ def read_image(source: Source) -> torch.Tensor:
 
     Raises:
         MissingFileError: there is no such file.
-        BrokenImageError: the file is a folder, is empty, is no picture, is damaged, or has over `MAX_PIXELS` pixels.
+        BrokenImageError: the file is a folder, is empty, is no image, is damaged, or has over `MAX_PIXELS` pixels.
     """
     from PIL import Image
 
     if isinstance(source, torch.Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] not in (1, 3) or not source.numel():
             raise UserError(
-                f"a tensor of {source.dtype} and shape {tuple(source.shape)} is not a picture; "
+                f"a tensor of {source.dtype} and shape {tuple(source.shape)} is not an image; "
                 "give uint8 of shape (3, H, W) or (1, H, W)"
             )
         return source.expand(3, -1, -1)
@@ -73,7 +73,14 @@ def read_image(source: Source) -> torch.Tensor:
     if isinstance(source, Image.Image):
         path = getattr(source, "filename", None) or None
         return _guarded(path, lambda: _to_rgb(source))
-    path, data = _read_bytes(source)
+    path, data = (None, bytes(source)) if isinstance(source, (bytes, bytearray, memoryview)) else read_bytes(source)
+    return decode_image(data, path)
+
+
+def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
+    """Decodes a file's bytes as `read_image` does; `path` is for the error message alone."""
+    if not data:
+        raise _broken(path, "it is empty (0 bytes)")
     with _open(path, data) as image:
         # Modes other than these two mean conversions that are Pillow's to make.
         if image.format == "JPEG" and image.mode in ("RGB", "L") and (decode := _jpeg_decoder()):
@@ -85,27 +92,27 @@ def read_image(source: Source) -> torch.Tensor:
 
 
 def frames(source: str | os.PathLike | bytes) -> int:
-    """How many frames (or pages) a picture has; captions are written for the first. Raises as `read_image` does."""
-    path, data = _read_bytes(source)
+    """How many frames (or pages) an image has; captions are written for the first. Raises as `read_image` does."""
+    path, data = (None, source) if isinstance(source, bytes) else read_bytes(source)
     with _open(path, data) as image:
         return _guarded(path, lambda: getattr(image, "n_frames", 1))
 
 
 @dataclass(frozen=True)
 class Transform:
-    """How a picture becomes a network's input: resize, crop, flip, normalise.
+    """How an image becomes a network's input: resize, crop, flip, normalise.
 
     A `flip` makes every "left" and "right" of a caption a lie: the loader swaps the two words in the captions of a
-    picture that it mirrors, and `mirror_caption` swaps them in a text.
+    image that it mirrors, and `mirror_caption` swaps them in a text.
 
     Args:
-        resize: An int makes the shorter side that long; a pair (S, S) squashes the whole picture; None leaves it.
-        crop: The side of the square that is cut out; None cuts nothing. A smaller picture is enlarged to it first.
+        resize: An int makes the shorter side that long; a pair (S, S) squashes the whole image; None leaves it.
+        crop: The side of the square that is cut out; None cuts nothing. A smaller image is enlarged to it first.
         random_crop: While training, the square is anywhere; else, and always at evaluation, in the middle.
-        flip: While training, half of the pictures are mirrored.
+        flip: While training, half of the images are mirrored.
         mean: What is subtracted from each channel's values from 0 to 1.
         std: What each channel is then divided by.
-        mirror: Every picture is mirrored, in evaluation too: a flip from cached features needs both.
+        mirror: Every image is mirrored, in evaluation too: a flip from cached features needs both.
 
     Raises:
         UserError: the sizes contradict each other.
@@ -139,7 +146,7 @@ class Transform:
             raise UserError(f"mean={self.mean!r} and std={self.std!r} must be three numbers each, std above 0")
 
     def __call__(self, image: Source, key: tuple | None = None) -> torch.Tensor:
-        """Transforms one picture to (3, S, S) float32.
+        """Transforms one image to (3, S, S) float32.
 
         Args:
             image: (3, H, W) uint8, or anything `read_image` reads.
@@ -149,8 +156,8 @@ class Transform:
 
         image = read_image(image)
         if isinstance(self.resize, int) and max(image.shape[1:]) > 100 * min(image.shape[1:]):
-            height, width = image.shape[1:]  # a line of one pixel would become a picture of gigabytes
-            raise BrokenImageError(f"a picture of {width} x {height} pixels is too long and thin; crop it first")
+            height, width = image.shape[1:]  # a line of one pixel would become an image of gigabytes
+            raise BrokenImageError(f"an image of {width} x {height} pixels is too long and thin; crop it first")
         if self.resize is not None:
             image = F.resize(image, [self.resize] if isinstance(self.resize, int) else list(self.resize))
         rng = None if key is None else Random(repr(tuple(key)))
@@ -169,12 +176,12 @@ class Transform:
         return (image / 255).sub_(mean).div_(std)
 
     def flips(self, key: tuple | None) -> bool:
-        """Whether the picture of this key is mirrored."""
+        """Whether the image of this key is mirrored."""
         return self.flip and key is not None and Random(repr(("flip", *key))).random() < 0.5
 
     @property
     def size(self) -> int | None:
-        """The side S of what comes out; None if it keeps the picture's proportions."""
+        """The side S of what comes out; None if it keeps the image's proportions."""
         return self.crop or (self.resize[0] if isinstance(self.resize, tuple) else None)
 
     def evaluation(self) -> Transform:
@@ -212,35 +219,35 @@ TINY = Transform(resize=(64, 64))
 
 
 def mirror_caption(text: str) -> str:
-    """Swaps the words left and right, so that a caption of a picture holds for its mirror image."""
+    """Swaps the words left and right, so that a caption of an image holds for its mirror image."""
     swapped = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
     return re.sub(r"\b(left|right)\b", lambda match: swapped.get(match[0], match[0]), text, flags=re.IGNORECASE)
 
 
 def _broken(path: str | None, reason: str, advice: str = "give a JPEG, PNG, GIF, WebP, BMP or TIFF file") -> UserError:
-    error = BrokenImageError(f"{path or 'the picture'} cannot be read: {reason}; {advice}")
+    error = BrokenImageError(f"{path or 'the image'} cannot be read: {reason}; {advice}")
     error.path, error.reason = path, reason
     return error
 
 
-def _read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        path, data = None, bytes(source)
-    elif isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        try:
-            data = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise MissingFileError(f"there is no picture {path}; check its name and folder") from None
-        except IsADirectoryError:
-            raise _broken(path, "it is a folder", "name a picture in it") from None
-        except OSError as error:
-            raise _broken(path, error.strerror or str(error), "make it readable first") from None
-    else:
-        raise UserError(f"a {type(source).__name__} is not a picture; give a path, bytes, a PIL image or an array")
-    if not data:
-        raise _broken(path, "it is empty (0 bytes)")
-    return path, data
+def read_bytes(source: str | os.PathLike) -> tuple[str, bytes]:
+    """Reads an image file's bytes, which `decode_image` decodes; returns its path as text beside them.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenImageError: it is a folder, a pipe or a device, or it cannot be read.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array")
+    path = os.fspath(source)
+    try:
+        return path, Path(path).read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no image {path}; check its name and folder") from None
+    except IsADirectoryError:
+        raise _broken(path, "it is a folder", "name an image in it") from None
+    except OSError as error:
+        raise _broken(path, error.strerror or str(error), "make it readable first") from None
 
 
 def _open(path: str | None, data: bytes) -> Image.Image:
@@ -251,7 +258,7 @@ def _open(path: str | None, data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
-        raise _broken(path, "it holds text" if text else "it is not a picture of a known format") from None
+        raise _broken(path, "it holds text" if text else "it is not an image of a known format") from None
     except Image.DecompressionBombError:
         raise _too_large(path) from None
     except Exception as error:
@@ -310,7 +317,7 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not array.size or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise UserError(f"an array of shape {array.shape} is not a picture; give (H, W), (H, W, 3) or (H, W, 4)")
+        raise UserError(f"an array of shape {array.shape} is not an image; give (H, W), (H, W, 3) or (H, W, 4)")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if array.dtype == bool:
@@ -323,5 +330,5 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
     elif array.dtype == np.int32:  # what Pillow makes of some 16-bit files and of 32-bit ones
         white = 255.0 if top <= 255 else 65535.0 if top <= 65535 else float(np.iinfo(np.int32).max)
     else:
-        raise UserError(f"an array of {array.dtype} is not a picture; give uint8, uint16, or floats from 0 to 1")
+        raise UserError(f"an array of {array.dtype} is not an image; give uint8, uint16, or floats from 0 to 1")
     return (np.clip(np.nan_to_num(array.astype(np.float64)) / white, 0, 1) * 255 + 0.5).astype(np.uint8)

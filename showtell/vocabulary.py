@@ -221,9 +221,21 @@ _ATTACH_RIGHT = re.compile(r"(?<=[(\[{$#]) |(?<=``) ")
 
 def join_words(words: Sequence[str]) -> str:
     """Joins words into a caption: no space before punctuation, quotes as typed, a capital first."""
-    text = _ATTACH_LEFT.sub("", _ATTACH_RIGHT.sub("", " ".join(words)))
-    text = text.replace("``", '"').replace("''", '"')
-    return text[:1].upper() + text[1:]
+    return "".join(spell_words(words))
+
+
+def spell_words(words: Sequence[str]) -> list[str]:
+    """Spells each word as it stands in `join_words`, the space before it included: one piece a word."""
+    text = " ".join(words)
+    cut = {match.start() for pattern in (_ATTACH_LEFT, _ATTACH_RIGHT) for match in pattern.finditer(text)}
+    pieces, at = [], 0
+    for i, word in enumerate(words):
+        spelling = '"' if word in ("``", "''") else word.replace("``", '"').replace("''", '"')
+        pieces.append(spelling if i == 0 or at - 1 in cut else f" {spelling}")
+        at += len(word) + 1
+    if pieces:
+        pieces[0] = pieces[0][:1].upper() + pieces[0][1:]
+    return pieces
 
 
 class _Attributes:

@@ -1,4 +1,4 @@
-"""The lines of the ancestors' notebooks, through the front doors, on the synthetic pictures.
+"""The lines of the ancestors' notebooks, through the front doors, on the synthetic images.
 
 Each test runs lines such as a reader of those notebooks would type; training and inference in a Python of its own.
 """

@@ -24,7 +24,7 @@ from showtell.vocabulary import Vocabulary
 CLASSIFIERS = [name for name in models.list_models(module=models) if not name.startswith("vit_")]
 
 
-def pictures(n=2, size=64):
+def some_images(n=2, size=64):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -36,7 +36,7 @@ def torchvisions(name: str) -> nn.Module:
 
 @torch.no_grad()
 def settle(net: nn.Module, images: torch.Tensor) -> None:
-    """Gives batch norm the statistics of these pictures; a deep network of random weights is nearly silent without."""
+    """Gives batch norm the statistics of these images; a deep network of random weights is nearly silent without."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.train()
@@ -68,7 +68,7 @@ def finish(net: nn.Module, name: str, vector: torch.Tensor, grid: torch.Tensor) 
 
 
 def assert_same_network(name: str, size: int, weights_file) -> None:
-    net, images = torchvisions(name), pictures(3, size)
+    net, images = torchvisions(name), some_images(3, size)
     settle(net, images)
     torch.save(net.state_dict(), weights_file)
     net.to(memory_format=torch.channels_last)  # as the backbone: a deep network of random weights magnifies rounding
@@ -80,7 +80,7 @@ def assert_same_network(name: str, size: int, weights_file) -> None:
         expected = net(images)
     torch.testing.assert_close(cells.mean(1), vector(images), atol=1e-5, rtol=1e-4)
     error = (scores - expected).abs().max()
-    assert error < 1e-3 * expected.std(0).max()  # far less than pictures differ by
+    assert error < 1e-3 * expected.std(0).max()  # far less than images differ by
 
 
 QUICK = {
@@ -140,21 +140,21 @@ def test_every_classification_network_of_torchvision_is_a_backbone(name, monkeyp
 def test_shapes(name, size, grid, feature_size):
     backbone = Backbone(name, grid=True, weights=None)
     assert backbone.feature_size == feature_size
-    assert backbone(pictures(2, size)).shape == (2, grid, feature_size)
+    assert backbone(some_images(2, size)).shape == (2, grid, feature_size)
     backbone.grid = False
-    assert backbone(pictures(2, size)).shape == (2, feature_size)
+    assert backbone(some_images(2, size)).shape == (2, feature_size)
 
 
 def test_the_grid_goes_row_by_row():
     backbone = Backbone("tiny", grid=True, weights=None)
-    maps = backbone.net(pictures())
-    cells = backbone(pictures())
+    maps = backbone.net(some_images())
+    cells = backbone(some_images())
     assert torch.equal(cells[:, 10], maps[:, :, 1, 2])  # eight cells a row
 
 
 def test_tiny_is_the_same_function_in_training_and_evaluation_and_knows_places():
     net = TinyNet()
-    assert torch.equal(net.train()(pictures()), net.eval()(pictures()))
+    assert torch.equal(net.train()(some_images()), net.eval()(some_images()))
     flat = torch.zeros(1, 3, 64, 64)
     assert net(flat)[0].flatten(1).std(1).max() > 1e-3  # one colour everywhere, and yet the cells differ
 
@@ -176,11 +176,11 @@ def test_a_frozen_backbone_neither_learns_nor_drifts(frozen):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
-        model(pictures(4) * 3 + 1).square().sum().backward()
+        model(some_images(4) * 3 + 1).square().sum().backward()
         optimizer.step()
     assert_same_state(frozen, before)
     assert all(parameter.grad is None for parameter in frozen.parameters())
-    assert not frozen(pictures()).requires_grad
+    assert not frozen(some_images()).requires_grad
     assert not any(module.training for module in frozen.net.modules())
 
 
@@ -191,7 +191,7 @@ def test_fine_tuning_trains_what_is_named_and_batch_norm_stays_put(frozen):
     before = state_of(frozen)
     chosen = [p for p in frozen.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(chosen, lr=0.1)
-    frozen(pictures(4)).square().sum().backward()
+    frozen(some_images(4)).square().sum().backward()
     optimizer.step()
     after = state_of(frozen)
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -201,7 +201,7 @@ def test_fine_tuning_trains_what_is_named_and_batch_norm_stays_put(frozen):
     names = {name for name, p in frozen.net.named_parameters() if p.requires_grad}
     assert names == {name for name, _ in frozen.net.named_parameters() if name.startswith("layer4")}
     with torch.no_grad():
-        assert not frozen(pictures()).requires_grad
+        assert not frozen(some_images()).requires_grad
 
 
 def test_fine_tune_chooses_several_all_and_none(frozen):
@@ -215,7 +215,7 @@ def test_fine_tune_chooses_several_all_and_none(frozen):
     assert trained() == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
     frozen.fine_tune(None)
     assert trained() == set()
-    assert not frozen(pictures()).requires_grad
+    assert not frozen(some_images()).requires_grad
     with pytest.raises(UserError, match=r"resnet18 has no layer 'layer5' to train; its layers are conv1, bn1,"):
         frozen.fine_tune("layer5")
 
@@ -224,12 +224,12 @@ def test_fine_tune_chooses_several_all_and_none(frozen):
 @pytest.mark.parametrize("layers", ["layer4", "layer3,layer4", "layer2,layer4"])
 def test_stem_and_finish_are_the_whole(layers, grid):
     backbone = Backbone("resnet18", grid, weights=None)
-    settle(backbone.net, images := pictures())
+    settle(backbone.net, images := some_images())
     backbone.fine_tune(layers.split(","))
-    stem = backbone.stem()
+    stem = backbone.frozen_part()
     maps = stem(images)
     assert not maps.requires_grad
-    features = backbone.finish(maps)
+    features = backbone.forward_from_frozen(maps)
     torch.testing.assert_close(features, backbone(images))
     features.sum().backward()
     trained = [name for name, parameter in backbone.net.named_parameters() if parameter.grad is not None]
@@ -237,14 +237,14 @@ def test_stem_and_finish_are_the_whole(layers, grid):
 
 
 def test_the_stem_of_a_frozen_backbone_is_the_whole_and_of_a_trained_one_nothing(frozen):
-    assert frozen.stem() is frozen
+    assert frozen.frozen_part() is frozen
     features = torch.randn(2, 512)
-    assert frozen.finish(features) is features
+    assert frozen.forward_from_frozen(features) is features
     frozen.fine_tune("")
-    assert frozen.stem() is None
+    assert frozen.frozen_part() is None
     tiny = Backbone("tiny", weights=None)
-    assert tiny.stem() is None
-    assert tiny.finish(features) is features
+    assert tiny.frozen_part() is None
+    assert tiny.forward_from_frozen(features) is features
 
 
 def test_a_captioners_backbone_serves_as_weights(tmp_path):
@@ -259,7 +259,7 @@ def test_a_captioners_backbone_serves_as_weights(tmp_path):
 def test_tiny_starts_trainable():
     backbone = Backbone("tiny", weights=None)
     assert all(parameter.requires_grad for parameter in backbone.parameters())
-    assert backbone(pictures()).requires_grad
+    assert backbone(some_images()).requires_grad
 
 
 # ---- Names, layouts, weights -------------------------------------------------------------------------------------
@@ -278,8 +278,8 @@ def test_strides_in_the_1x1_are_the_published_layout(tmp_path):
     torch.save(torchvisions("resnet50").state_dict(), tmp_path / "r.pth")
     ours = Backbone("resnet50", weights=tmp_path / "r.pth")
     published = Backbone("resnet50", weights=tmp_path / "r.pth", stride_in_1x1=True)
-    assert ours(pictures()).shape == published(pictures()).shape
-    assert not torch.allclose(ours(pictures()), published(pictures()), atol=1e-3)
+    assert ours(some_images()).shape == published(some_images()).shape
+    assert not torch.allclose(ours(some_images()), published(some_images()), atol=1e-3)
     for i in (2, 3, 4):
         block = getattr(published.net, f"layer{i}")[0]
         assert (block.conv1.stride, block.conv2.stride, block.downsample[0].stride) == ((2, 2), (1, 1), (2, 2))
@@ -362,7 +362,7 @@ def test_without_a_network_it_starts_random_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "*")
     with pytest.warns(UserWarning, match="ImageNet weights of resnet18 could not be had .* or give a file as weights"):
         backbone = Backbone("resnet18")
-    assert backbone(pictures()).std() > 0
+    assert backbone(some_images()).std() > 0
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -387,7 +387,7 @@ def test_timm_names_need_timm():
         Backbone("timm/resnet51", weights=None)
     for name in ("resnet10t", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
         backbone = Backbone(f"timm/{name}", grid=True, weights=None)
-        cells = backbone(pictures(2, 224))
+        cells = backbone(some_images(2, 224))
         assert cells.dim() == 3
         assert cells.shape[2] == backbone.feature_size
 

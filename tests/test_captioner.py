@@ -14,7 +14,7 @@ from PIL import Image
 import showtell
 from showtell import captioner as module
 from showtell import synthetic
-from showtell.captioner import Caption, find_model, find_pictures, load
+from showtell.captioner import Caption, find_images, find_model, load
 from showtell.checkpoint import load_checkpoint, save_checkpoint
 from showtell.decoders import DECODERS
 from showtell.decoding import Hypothesis, beam_search, greedy
@@ -30,7 +30,7 @@ MAX_LEN = 9
 
 
 def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -> Path:
-    """Saves an untrained captioner whose captions, though nonsense, differ from picture to picture and are sure."""
+    """Saves an untrained captioner whose captions, though nonsense, differ from image to image and are sure."""
     torch.manual_seed(seed)
     arguments = {"name": decoder, "embed_size": 16, "hidden_size": 16, "vocab_size": len(VOCAB)}
     if decoder == "transformer":
@@ -50,7 +50,7 @@ def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -
     return path
 
 
-def save_pictures(folder: Path, n: int, seed: int = 0, size: int = 32) -> list[Path]:
+def save_images(folder: Path, n: int, seed: int = 0, size: int = 32) -> list[Path]:
     """Draws `n` scenes as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:05d}.png" for i in range(n)]
@@ -79,8 +79,8 @@ def captioner(request, checkpoints):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> list[Path]:
-    return save_pictures(tmp_path_factory.mktemp("pictures"), 5)
+def images(tmp_path_factory) -> list[Path]:
+    return save_images(tmp_path_factory.mktemp("images"), 5)
 
 
 # ---- Opening -----------------------------------------------------------------------------------------------------
@@ -150,43 +150,43 @@ def test_everything_comes_from_the_one_file(checkpoints):
 
 
 @pytest.mark.parametrize("meta", [{}, {"recipe": None}])
-def test_a_checkpoint_that_knows_nothing_of_its_making_captions_too(meta, checkpoints, pictures, tmp_path):
+def test_a_checkpoint_that_knows_nothing_of_its_making_captions_too(meta, checkpoints, images, tmp_path):
     known = load_checkpoint(checkpoints["attend"])
     save_checkpoint(tmp_path / "m.safetensors", known.model, known.vocab, known.transform, meta)
     captioner = load(tmp_path / "m.safetensors", "cpu")
     assert captioner.rules().max_len == 25
-    assert len(captioner.caption(pictures[0])) == 1
+    assert len(captioner.caption(images[0])) == 1
 
 
 # ---- Captions ----------------------------------------------------------------------------------------------------
 
 
-def test_the_stand_in_says_different_things_of_different_pictures(captioner, pictures):
+def test_the_stand_in_says_different_things_of_different_images(captioner, images):
     """Or the equivalences below would hold for any mix-up."""
-    captions = [captioner.caption(path)[0] for path in pictures]
+    captions = [captioner.caption(path)[0] for path in images]
     assert len({caption.text for caption in captions}) >= 3
     assert all(len(caption.words) <= MAX_LEN for caption in captions)
 
 
-def test_a_batch_equals_one_by_one(captioner, pictures):
-    one_by_one = [captioner.caption(path, n_best=2) for path in pictures]
-    together = captioner.decode(captioner.encode(pictures), n_best=2)
-    assert len(together) == len(pictures)
+def test_a_batch_equals_one_by_one(captioner, images):
+    one_by_one = [captioner.caption(path, n_best=2) for path in images]
+    together = captioner.decode(captioner.encode(images), n_best=2)
+    assert len(together) == len(images)
     for first, second in zip(one_by_one, together, strict=True):
         assert_same(first, second)
 
 
-def test_encode_once_and_decode_many_equals_caption(captioner, pictures):
-    features = captioner.encode(pictures[0])
+def test_encode_once_and_decode_many_equals_caption(captioner, images):
+    features = captioner.encode(images[0])
     before = features.clone()
     for beam_size in (1, 4, 2):
-        assert_same(captioner.decode(features, beam_size)[0], captioner.caption(pictures[0], beam_size))
+        assert_same(captioner.decode(features, beam_size)[0], captioner.caption(images[0], beam_size))
     captioner.sample(features, n=3)
     assert torch.equal(features, before)
 
 
-def test_any_kind_of_picture_gives_the_same_captions(captioner, pictures):
-    path = pictures[3]
+def test_any_kind_of_image_gives_the_same_captions(captioner, images):
+    path = images[3]
     image = Image.open(path).convert("RGB")
     sources = [path, str(path), path.read_bytes(), image, np.asarray(image), read_image(path)]
     expected = captioner.caption(path)
@@ -196,26 +196,26 @@ def test_any_kind_of_picture_gives_the_same_captions(captioner, pictures):
     assert captioner.encode(tuple(sources[:2])).shape[0] == 2
 
 
-def test_n_best_are_different_and_best_first(captioner, pictures):
-    captions = captioner.caption(pictures[1], beam_size=6, n_best=5)
+def test_n_best_are_different_and_best_first(captioner, images):
+    captions = captioner.caption(images[1], beam_size=6, n_best=5)
     assert len(captions) == 5
     assert len({tuple(caption.words) for caption in captions}) == 5
     scores = [caption.score for caption in captions]
     assert scores == sorted(scores, reverse=True)
-    assert_same(captioner.caption(pictures[1], beam_size=6), captions[:1])
-    assert len(captioner.caption(pictures[1], beam_size=1, n_best=3)) == 3  # the beam widens to hold them
+    assert_same(captioner.caption(images[1], beam_size=6), captions[:1])
+    assert len(captioner.caption(images[1], beam_size=1, n_best=3)) == 3  # the beam widens to hold them
 
 
-def test_beam_one_is_greedy(captioner, pictures):
-    features = captioner.encode(pictures)
+def test_beam_one_is_greedy(captioner, images):
+    features = captioner.encode(images)
     expected = greedy(captioner.model.decoder, features, captioner.rules())
     captions = captioner.decode(features, beam_size=1)
     assert [c.words for (c,) in captions] == [[VOCAB.idx2word[i] for i in h.ids] for h in expected]
 
 
-def test_the_score_is_that_of_the_words(captioner, pictures):
+def test_the_score_is_that_of_the_words(captioner, images):
     """Without a penalty it is the logarithm of the product of the probabilities, the end's included."""
-    features = captioner.encode(pictures[2])
+    features = captioner.encode(images[2])
     caption = captioner.decode(features, length_penalty=0, min_len=3)[0][0]
     (hypothesis,) = beam_search(captioner.model.decoder, features, captioner.rules(length_penalty=0, min_len=3))[0]
     end = math.exp(hypothesis.log_probs[-1])
@@ -224,8 +224,8 @@ def test_the_score_is_that_of_the_words(captioner, pictures):
     assert all(0 < p <= 1 for p in caption.word_probs)
 
 
-def test_rules_are_obeyed(captioner, pictures):
-    features = captioner.encode(pictures)
+def test_rules_are_obeyed(captioner, images):
+    features = captioner.encode(images)
     for (caption,) in captioner.decode(features, 3, min_len=4, max_len=5, no_repeat_ngram=1):
         assert 4 <= len(caption.words) <= 5
         assert len(set(caption.words)) == len(caption.words)
@@ -234,10 +234,10 @@ def test_rules_are_obeyed(captioner, pictures):
         captioner.decode(features, min_len=4, max_len=2)
 
 
-def test_attention_maps_are_where_the_model_attends(captioner, pictures):
+def test_attention_maps_are_where_the_model_attends(captioner, images):
     attends = captioner.model.decoder.grid
-    captions = captioner.caption(pictures[4], n_best=2, alphas=True)
-    assert captioner.caption(pictures[4])[0].alphas is None
+    captions = captioner.caption(images[4], n_best=2, alphas=True)
+    assert captioner.caption(images[4])[0].alphas is None
     for caption in captions:
         if not attends:
             assert caption.alphas is None
@@ -247,7 +247,7 @@ def test_attention_maps_are_where_the_model_attends(captioner, pictures):
         assert caption.alphas.min() >= 0
 
 
-def test_attention_looks_where_the_picture_is(checkpoints):
+def test_attention_looks_where_the_image_is(checkpoints):
     """Rows and columns are not swapped: features of one cell alone give an attention map with that cell apart."""
     captioner = load(checkpoints["attend"], "cpu")
     features = torch.zeros(1, 16, 16)
@@ -257,8 +257,8 @@ def test_attention_looks_where_the_picture_is(checkpoints):
     assert apart.nonzero().tolist() == [[1, 3]]
 
 
-def test_samples_depend_on_the_seed_alone(captioner, pictures):
-    features = captioner.encode(pictures[:3])
+def test_samples_depend_on_the_seed_alone(captioner, images):
+    features = captioner.encode(images[:3])
     first = captioner.sample(features, n=4, seed=1, temperature=2.0)
     torch.rand(7)
     again = captioner.sample(features, n=4, seed=1, temperature=2.0)
@@ -269,8 +269,8 @@ def test_samples_depend_on_the_seed_alone(captioner, pictures):
     assert [c.words for row in first for c in row] != [c.words for row in other for c in row]
 
 
-def test_a_cold_or_narrow_sample_is_greedy(captioner, pictures):
-    features = captioner.encode(pictures[:3])
+def test_a_cold_or_narrow_sample_is_greedy(captioner, images):
+    features = captioner.encode(images[:3])
     expected = [c.words for (c,) in captioner.decode(features, beam_size=1)]
     for options in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
         assert [c.words for (c,) in captioner.sample(features, **options)] == expected
@@ -284,51 +284,51 @@ def test_a_cold_or_narrow_sample_is_greedy(captioner, pictures):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_files_come_back_in_order_whatever_the_batch(batch_size, captioner, pictures):
-    results = list(captioner.caption_files(pictures, batch_size, beam_size=3, n_best=2))
-    assert [path for path, _ in results] == pictures
+def test_files_come_back_in_order_whatever_the_batch(batch_size, captioner, images):
+    results = list(captioner.caption_files(images, batch_size, beam_size=3, n_best=2))
+    assert [path for path, _ in results] == images
     for path, captions in results:
         assert_same(captions, captioner.caption(path, beam_size=3, n_best=2))
 
 
-def test_a_file_that_cannot_be_read_takes_its_place_among_the_others(checkpoints, pictures, tmp_path):
+def test_a_file_that_cannot_be_read_takes_its_place_among_the_others(checkpoints, images, tmp_path):
     captioner = load(checkpoints["show-tell"], "cpu")
     text, absent = tmp_path / "note.jpg", tmp_path / "absent.png"
-    text.write_text("not a picture")
-    files = [text, *pictures[:3], absent, *pictures[3:5]]
+    text.write_text("not an image")
+    files = [text, *images[:3], absent, *images[3:5]]
     results = dict(captioner.caption_files(map(str, files), batch_size=2))
     assert list(results) == files
     assert isinstance(results[text], BrokenImageError)
     assert "holds text" in str(results[text])
     assert isinstance(results[absent], MissingFileError)
-    for path in pictures[:5]:
+    for path in images[:5]:
         assert_same(results[path], captioner.caption(path))
     assert list(captioner.caption_files([])) == []
     assert [type(result) for _, result in captioner.caption_files([text, text])] == [BrokenImageError] * 2
 
 
-def test_one_picture_that_cannot_be_read_is_an_error(checkpoints, tmp_path):
+def test_one_image_that_cannot_be_read_is_an_error(checkpoints, tmp_path):
     captioner = load(checkpoints["show-tell"], "cpu")
     (tmp_path / "empty.png").touch()
     with pytest.raises(BrokenImageError, match=r"empty\.png .*0 bytes"):
         captioner.caption(tmp_path / "empty.png")
-    with pytest.raises(MissingFileError, match=r"no picture .*absent\.png"):
+    with pytest.raises(MissingFileError, match=r"no image .*absent\.png"):
         captioner.caption(tmp_path / "absent.png")
 
 
-def test_pictures_are_found_by_name_through_all_folders(tmp_path):
+def test_images_are_found_by_name_through_all_folders(tmp_path):
     inside = ["b.PNG", "a.jpg", "deep/er/c.webp", "deep/d.gif"]
     for name in [*inside, "notes.txt", "deep/captions.csv"]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "album.jpg").mkdir()  # a folder, whatever its name
-    assert find_pictures([tmp_path]) == sorted(tmp_path / name for name in inside)
+    assert find_images([tmp_path]) == sorted(tmp_path / name for name in inside)
     given = [tmp_path / "notes.txt", tmp_path / "b.PNG"]
-    assert find_pictures(given) == given  # what is named is taken at its word
-    with pytest.raises(UserError, match=r"album\.jpg holds no pictures \(.*\.jpg.*\); name another"):
-        find_pictures([tmp_path / "album.jpg"])
-    with pytest.raises(MissingFileError, match=r"there is no .*absent; give pictures"):
-        find_pictures([tmp_path, tmp_path / "absent"])
+    assert find_images(given) == given  # what is named is taken at its word
+    with pytest.raises(UserError, match=r"album\.jpg holds no images \(.*\.jpg.*\); name another"):
+        find_images([tmp_path / "album.jpg"])
+    with pytest.raises(MissingFileError, match=r"there is no .*absent; give images"):
+        find_images([tmp_path, tmp_path / "absent"])
 
 
 # ---- One caption -------------------------------------------------------------------------------------------------

@@ -480,14 +480,14 @@ def test_resume_refuses_other_files(saved, tmp_path):
     content = path.read_bytes()
     (tmp_path / "cut.pt").write_bytes(content[: len(content) // 2])
     (tmp_path / "empty.pt").write_bytes(b"")
-    (tmp_path / "picture.pt").write_bytes(png())
+    (tmp_path / "image.pt").write_bytes(png())
     for name, sentence in {
         "none.pt": "there is no file to resume from at",
         "weights.pt": "is no file to resume from, though PyTorch wrote it",
         "new.pt": "has format 9, of a newer showtell",
         "cut.pt": "is damaged, cut short",
         "empty.pt": "is empty",
-        "picture.pt": "is damaged, cut short or no file of PyTorch",
+        "image.pt": "is damaged, cut short or no file of PyTorch",
         saved.name: "is a safetensors file, and no file to resume from",
         ".": "is a folder",
     }.items():

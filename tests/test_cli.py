@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_captioner import MAX_LEN, VOCAB, lively_checkpoint, save_pictures
+from test_captioner import MAX_LEN, VOCAB, lively_checkpoint, save_images
 
 from showtell import __version__, datasets, java_metrics, synthetic
 from showtell.__main__ import main
@@ -61,10 +61,10 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    """A folder of four pictures, one of them further down."""
-    folder = tmp_path_factory.mktemp("pictures")
-    paths = save_pictures(folder, 4)
+def images(tmp_path_factory) -> Path:
+    """A folder of four images, one of them further down."""
+    folder = tmp_path_factory.mktemp("images")
+    paths = save_images(folder, 4)
     (folder / "deep").mkdir()
     paths[3].rename(folder / "deep" / "last.png")
     return folder
@@ -72,9 +72,9 @@ def pictures(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_data(tmp_path_factory) -> Path:
-    """Twenty drawn pictures and captions.csv, two captions a picture, with the splits named."""
+    """Twenty drawn images and captions.csv, two captions an image, with the splits named."""
     folder = tmp_path_factory.mktemp("my")
-    save_pictures(folder / "images", 20)
+    save_images(folder / "images", 20)
     with (folder / "captions.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "caption", "split"])
@@ -87,7 +87,7 @@ def own_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, own_data) -> Path:
-    """One epoch on the user's own pictures."""
+    """One epoch on the user's own images."""
     out = tmp_path_factory.mktemp("runs") / "my"
     assert main([*train(own_data, out), "--epochs", "1"]) == 0
     return out
@@ -145,7 +145,7 @@ def test_the_module_runs(tmp_path):
     assert (result.returncode, result.stdout, result.stderr) == (0, f"showtell {__version__}\n", "")
     result = python("-m", "showtell", "caption", "absent.jpg", cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "showtell: there is no absent.jpg; give pictures, or folders of pictures\n"
+    assert result.stderr == "showtell: there is no absent.jpg; give images, or folders of images\n"
     assert leftovers(tmp_path) == ["here"]
 
 
@@ -236,21 +236,21 @@ sys.exit(program.main(["caption", "a.jpg"]))
     assert process.wait(60) == 141
 
 
-def test_ctrl_c_outside_training_is_said_in_a_word(model, pictures, monkeypatch, capsys):
+def test_ctrl_c_outside_training_is_said_in_a_word(model, images, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("showtell.captioner.load", interrupted)
-    assert main(["caption", str(pictures), "--model", str(model)]) == 130
+    assert main(["caption", str(images), "--model", str(model)]) == 130
     assert capsys.readouterr().err == "showtell: stopped\n"
 
 
-def test_what_the_system_refuses_is_one_sentence(model, pictures, monkeypatch, capsys):
+def test_what_the_system_refuses_is_one_sentence(model, images, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "captions.csv")
 
     monkeypatch.setattr("showtell.__main__.write_text", full)
-    arguments = ["caption", str(pictures / "00000.png"), "--model", str(model), "--csv", "captions.csv"]
+    arguments = ["caption", str(images / "00000.png"), "--model", str(model), "--csv", "captions.csv"]
     refused(capsys, arguments, "captions.csv", "No space left on device")
 
 
@@ -261,30 +261,30 @@ def caption(model: Path, *arguments: object) -> list[str]:
     return ["caption", *map(str, arguments), "--model", str(model), "--beam-size", "3"]
 
 
-def test_one_picture_prints_its_caption_alone(model, pictures, capsys):
-    assert main(caption(model, pictures / "00001.png")) == 0
+def test_one_image_prints_its_caption_alone(model, images, capsys):
+    assert main(caption(model, images / "00001.png")) == 0
     printed = capsys.readouterr()
-    expected = load(model, "cpu").caption(pictures / "00001.png", beam_size=3)[0]
+    expected = load(model, "cpu").caption(images / "00001.png", beam_size=3)[0]
     assert printed.out == expected.text + "\n"
     assert printed.err == ""
 
 
-def test_several_pictures_and_folders_name_each(model, pictures, capsys):
-    assert main(caption(model, pictures / "00002.png", pictures)) == 0
+def test_several_images_and_folders_name_each(model, images, capsys):
+    assert main(caption(model, images / "00002.png", images)) == 0
     out = capsys.readouterr().out.splitlines()
     names = ["00002.png", "00000.png", "00001.png", "00002.png", "deep/last.png"]
     captioner = load(model, "cpu")
-    paths = [pictures / name for name in names]
+    paths = [images / name for name in names]
     assert out == [f"{path}: {captioner.caption(path, beam_size=3)[0].text}" for path in paths]
 
 
-def test_json_is_one_document_and_nothing_else(model, pictures, capsys):
-    assert main([*caption(model, pictures), "--n-best", "2", "--json"]) == 0
+def test_json_is_one_document_and_nothing_else(model, images, capsys):
+    assert main([*caption(model, images), "--n-best", "2", "--json"]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
     rows = json.loads(printed.out)
     captioner = load(model, "cpu")
-    assert [row["image"] for row in rows] == [str(p) for p in sorted(pictures.rglob("*.png"))]
+    assert [row["image"] for row in rows] == [str(p) for p in sorted(images.rglob("*.png"))]
     for row in rows:
         assert list(row) == ["image", "captions"]
         expected = captioner.caption(row["image"], beam_size=3, n_best=2)
@@ -296,22 +296,22 @@ def test_json_is_one_document_and_nothing_else(model, pictures, capsys):
             assert found["word_probs"] == pytest.approx(known.word_probs, abs=2e-4)
 
 
-def test_csv_has_a_row_a_caption(model, pictures, capsys, tmp_path):
+def test_csv_has_a_row_a_caption(model, images, capsys, tmp_path):
     target = tmp_path / "new" / "captions.csv"
-    assert main([*caption(model, pictures), "--n-best", "2", "--csv", str(target)]) == 0
+    assert main([*caption(model, images), "--n-best", "2", "--csv", str(target)]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"4 pictures captioned in {target}\n"
+    assert printed.err == f"4 images captioned in {target}\n"
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
     captioner = load(model, "cpu")
-    expected = [(p, c) for p in sorted(pictures.rglob("*.png")) for c in captioner.caption(p, 3, 2)]
+    expected = [(p, c) for p in sorted(images.rglob("*.png")) for c in captioner.caption(p, 3, 2)]
     assert [(row["image"], row["caption"]) for row in rows] == [(str(p), c.text) for p, c in expected]
     assert [float(row["score"]) for row in rows] == pytest.approx([c.score for _, c in expected], abs=2e-4)
     assert leftovers(target.parent) == ["captions.csv"]
 
 
-def test_a_csv_is_replaced_whole_or_not_at_all(model, pictures, monkeypatch, tmp_path):
+def test_a_csv_is_replaced_whole_or_not_at_all(model, images, monkeypatch, tmp_path):
     target = tmp_path / "captions.csv"
     target.write_text("the old one")
 
@@ -320,18 +320,18 @@ def test_a_csv_is_replaced_whole_or_not_at_all(model, pictures, monkeypatch, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", dies)
-        assert main([*caption(model, pictures), "--csv", str(target)]) == 130
+        assert main([*caption(model, images), "--csv", str(target)]) == 130
     assert target.read_text() == "the old one"
     assert leftovers(tmp_path) == ["captions.csv", "here"]
-    assert main([*caption(model, pictures), "--csv", str(target)]) == 0
+    assert main([*caption(model, images), "--csv", str(target)]) == 0
     assert target.read_text().startswith("image,caption,score")
 
 
-def test_html_shows_pictures_captions_and_alternatives(model, pictures, capsys, tmp_path):
+def test_html_shows_images_captions_and_alternatives(model, images, capsys, tmp_path):
     target = tmp_path / "page.html"
-    assert main([*caption(model, pictures), "--n-best", "3", "--html", str(target)]) == 0
+    assert main([*caption(model, images), "--n-best", "3", "--html", str(target)]) == 0
     page = target.read_text()
-    others = [c.text for c in load(model, "cpu").caption(pictures / "deep" / "last.png", 3, 3)[1:]]
+    others = [c.text for c in load(model, "cpu").caption(images / "deep" / "last.png", 3, 3)[1:]]
     assert page.count('<li class="card') == 4
     assert page.count("data:image/") == 4
     assert "last.png" in page
@@ -341,13 +341,13 @@ def test_html_shows_pictures_captions_and_alternatives(model, pictures, capsys, 
     assert capsys.readouterr().out == ""
 
 
-def test_a_model_is_also_a_run_folder(finished_run, pictures, capsys):
-    assert main(caption(finished_run, pictures / "00000.png")) == 0
-    expected = load(finished_run / "best.safetensors", "cpu").caption(pictures / "00000.png", 3)[0]
+def test_a_model_is_also_a_run_folder(finished_run, images, capsys):
+    assert main(caption(finished_run, images / "00000.png")) == 0
+    expected = load(finished_run / "best.safetensors", "cpu").caption(images / "00000.png", 3)[0]
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-# ---- Pictures that cannot be captioned ---------------------------------------------------------------------------
+# ---- Images that cannot be captioned ---------------------------------------------------------------------------
 
 
 def huge_png(side: int) -> bytes:
@@ -361,25 +361,25 @@ def huge_png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "text.jpg": (b"a shopping list\n", ["it holds text", "give a JPEG, PNG"]),
     "empty.jpg": (b"", ["it is empty (0 bytes)", "give a JPEG, PNG"]),
-    "noise.jpg": (bytes(range(256)) * 4, ["not a picture of a known format", "give a JPEG, PNG"]),
+    "noise.jpg": (bytes(range(256)) * 4, ["not an image of a known format", "give a JPEG, PNG"]),
     "huge.png": (huge_png(30_000), ["more than 179 million pixels", "make a smaller copy first"]),
     "cut.png": (None, ["damaged or cut short", "give a JPEG, PNG"]),
 }
 
 
-def bad_picture(folder: Path, name: str, pictures: Path) -> Path:
-    data = BAD_PICTURES[name][0]
-    (folder / name).write_bytes((pictures / "00000.png").read_bytes()[:150] if data is None else data)
+def bad_image(folder: Path, name: str, images: Path) -> Path:
+    data = BAD_IMAGES[name][0]
+    (folder / name).write_bytes((images / "00000.png").read_bytes()[:150] if data is None else data)
     return folder / name
 
 
-@pytest.mark.parametrize("name", BAD_PICTURES)
+@pytest.mark.parametrize("name", BAD_IMAGES)
 @pytest.mark.parametrize("form", [[], ["--csv", "out.csv"]])
-def test_a_picture_that_cannot_be_read(name, form, model, pictures, capsys, tmp_path):
-    path = bad_picture(tmp_path, name, pictures)
+def test_a_image_that_cannot_be_read(name, form, model, images, capsys, tmp_path):
+    path = bad_image(tmp_path, name, images)
     started = time.monotonic()
     capsys.readouterr()
     assert main([*caption(model, path), *form]) == 1
@@ -389,12 +389,12 @@ def test_a_picture_that_cannot_be_read(name, form, model, pictures, capsys, tmp_
     sentences = [line for line in printed.err.splitlines() if not line.endswith("captioned in out.csv")]
     assert len(sentences) == 1
     assert sentences[0].startswith(f"showtell: {path} cannot be read: ")
-    assert all(words in sentences[0] for words in BAD_PICTURES[name][1])
+    assert all(words in sentences[0] for words in BAD_IMAGES[name][1])
     assert leftovers(tmp_path / "here") == (["out.csv"] if form else [])
 
 
-def test_nine_hundred_million_pixels_are_refused_at_once(model, tmp_path, pictures, capsys):
-    path = bad_picture(tmp_path, "huge.png", pictures)
+def test_nine_hundred_million_pixels_are_refused_at_once(model, tmp_path, images, capsys):
+    path = bad_image(tmp_path, "huge.png", images)
     assert path.stat().st_size < 200
     captioner = load(model, "cpu")
     started = time.process_time()
@@ -404,8 +404,8 @@ def test_nine_hundred_million_pixels_are_refused_at_once(model, tmp_path, pictur
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".webp"])
-def test_of_an_animation_the_first_frame_is_captioned(suffix, model, pictures, capsys, tmp_path):
-    frames = [Image.open(path).convert("RGB") for path in (pictures / "00001.png", pictures / "00000.png")]
+def test_of_an_animation_the_first_frame_is_captioned(suffix, model, images, capsys, tmp_path):
+    frames = [Image.open(path).convert("RGB") for path in (images / "00001.png", images / "00000.png")]
     path = tmp_path / f"moving{suffix}"
     options = {"lossless": True} if suffix == ".webp" else {}
     frames[0].save(path, save_all=True, append_images=frames[1:], **options)
@@ -418,19 +418,19 @@ def test_of_an_animation_the_first_frame_is_captioned(suffix, model, pictures, c
     assert (still.out, still.err) == (printed.out, "")
 
 
-def test_a_picture_or_folder_that_is_not_there(model, capsys, tmp_path):
-    refused(capsys, caption(model, "absent.jpg"), "there is no absent.jpg", "give pictures, or folders of pictures")
+def test_a_image_or_folder_that_is_not_there(model, capsys, tmp_path):
+    refused(capsys, caption(model, "absent.jpg"), "there is no absent.jpg", "give images, or folders of images")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "notes.txt").touch()
     bare = tmp_path / "bare"
-    refused(capsys, caption(model, bare), f"the folder {bare} holds no pictures", ".jpg", ".png", "name another")
+    refused(capsys, caption(model, bare), f"the folder {bare} holds no images", ".jpg", ".png", "name another")
 
 
-def captions_of_a_folder_with_three_broken(model: Path, folder: Path, n: int, pictures: Path, capsys) -> None:
-    originals = save_pictures(folder, min(n, 20))
+def captions_of_a_folder_with_three_broken(model: Path, folder: Path, n: int, images: Path, capsys) -> None:
+    originals = save_images(folder, min(n, 20))
     for i in range(20, n):
         os.link(originals[i % 20], folder / f"{i:05d}.png")
-    broken = [bad_picture(folder, name, pictures) for name in ("text.jpg", "empty.jpg", "cut.png")]
+    broken = [bad_image(folder, name, images) for name in ("text.jpg", "empty.jpg", "cut.png")]
     target = folder.parent / "captions.csv"
     assert main([*caption(model, folder), "--csv", str(target)]) == 1
     printed = capsys.readouterr()
@@ -441,32 +441,32 @@ def captions_of_a_folder_with_three_broken(model: Path, folder: Path, n: int, pi
     assert all(row["caption"] == rows[i % 20]["caption"] for i, row in enumerate(rows))
     assert len({row["caption"] for row in rows}) > 3
     said = [line for line in printed.err.splitlines() if line.startswith("showtell: ")]
-    assert said[-1] == f"showtell: 3 of {n + 3} pictures could not be read"
+    assert said[-1] == f"showtell: 3 of {n + 3} images could not be read"
     assert len(said) == 4
     for path in broken:
         assert sum(str(path) in line for line in said) == 1
     assert "Traceback" not in printed.err
 
 
-def test_three_broken_pictures_of_a_folder_are_listed_and_the_rest_captioned(model, pictures, capsys, tmp_path):
-    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 300, pictures, capsys)
+def test_three_broken_images_of_a_folder_are_listed_and_the_rest_captioned(model, images, capsys, tmp_path):
+    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 300, images, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_three_broken_pictures_among_ten_thousand(model, pictures, capsys, tmp_path):
-    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 10_000, pictures, capsys)
+def test_three_broken_images_among_ten_thousand(model, images, capsys, tmp_path):
+    captions_of_a_folder_with_three_broken(model, tmp_path / "many", 10_000, images, capsys)
 
 
-def test_json_lists_broken_pictures_too(model, pictures, capsys, tmp_path):
-    bad = bad_picture(tmp_path, "text.jpg", pictures)
-    assert main([*caption(model, bad, pictures / "00000.png"), "--json"]) == 1
+def test_json_lists_broken_images_too(model, images, capsys, tmp_path):
+    bad = bad_image(tmp_path, "text.jpg", images)
+    assert main([*caption(model, bad, images / "00000.png"), "--json"]) == 1
     printed = capsys.readouterr()
     rows = {row["image"]: row for row in json.loads(printed.out)}
-    assert len(rows[str(pictures / "00000.png")]["captions"]) == 1
+    assert len(rows[str(images / "00000.png")]["captions"]) == 1
     assert rows[str(bad)]["captions"] == []
     assert "it holds text" in rows[str(bad)]["error"]
-    assert "1 of 2 pictures could not be read" in printed.err
+    assert "1 of 2 images could not be read" in printed.err
 
 
 # ---- Checkpoints that cannot be used -----------------------------------------------------------------------------
@@ -514,11 +514,11 @@ def absent(model: Path, target: Path) -> Path:
         (absent, ["there is no model", "give a checkpoint's path"]),
     ],
 )
-def test_a_checkpoint_that_cannot_be_used(make, words, command, model, pictures, capsys, tmp_path):
+def test_a_checkpoint_that_cannot_be_used(make, words, command, model, images, capsys, tmp_path):
     path = make(model, tmp_path / "m.safetensors")
     before = leftovers(tmp_path)
     arguments = {
-        "caption": ["caption", pictures, "--csv", "out.csv"],
+        "caption": ["caption", images, "--csv", "out.csv"],
         "evaluate": ["evaluate", "--html", "out.html"],
         "export": ["export", "--format", "legacy", "--out", "exported"],
     }[command]
@@ -564,17 +564,17 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(own_data, tmp_path, 
     assert leftovers(tmp_path) == before
 
 
-def test_pictures_that_are_not_there_are_said(own_data, tmp_path, capsys):
+def test_images_that_are_not_there_are_said(own_data, tmp_path, capsys):
     data = tmp_path / "my"
     shutil.copytree(own_data, data)
     (data / "images" / "00002.png").unlink()
     assert main([*train(data, tmp_path / "run"), "--dry-run"]) == 0
     said = capsys.readouterr().err
-    assert "note: 1 pictures of train are not there and are left out: 00002.png\n" in said
+    assert "note: 1 images of train are not there and are left out: 00002.png\n" in said
     assert "folder: 13 images with 26 captions" in said
     for i in range(4):
         (data / "images" / f"{i:05d}.png").unlink(missing_ok=True)
-    refused(capsys, train(data, tmp_path / "run"), "4 of 14 pictures", "at most 1 may be missing", "add them")
+    refused(capsys, train(data, tmp_path / "run"), "4 of 14 images", "at most 1 may be missing", "add them")
 
 
 def test_a_recipe_and_single_settings_add_up(own_data, tmp_path, capsys):
@@ -813,7 +813,7 @@ def test_evaluate_prints_a_table_and_writes_a_page(model, own_data, capsys, tmp_
 
 
 @pytest.mark.usefixtures("without_java")
-def test_evaluate_draws_synthetic_pictures_and_puts_captions_beside_the_model(model, capsys, tmp_path):
+def test_evaluate_draws_synthetic_images_and_puts_captions_beside_the_model(model, capsys, tmp_path):
     """By default the drawn scenes, which have no files."""
     own = tmp_path / "m" / "mine.safetensors"
     own.parent.mkdir()
@@ -840,7 +840,7 @@ def test_the_images_of_a_limit_are_drawn_by_the_seed(model, own_data, capsys, tm
 
 @pytest.mark.usefixtures("without_java")
 def test_the_split_alone_is_enough(model, capsys, tmp_path):
-    """COCO's validation pictures without those for training, which only the share of new captions is told from."""
+    """COCO's validation images without those for training, which only the share of new captions is told from."""
     synthetic.export_coco(tmp_path / "coco", 1, 5, 32)
     (tmp_path / "coco" / "annotations" / "captions_train2017.json").unlink()
     arguments = ["evaluate", "--model", str(model), "--dataset", "coco", "--data-dir", str(tmp_path / "coco")]
@@ -858,10 +858,10 @@ def test_one_image_can_be_evaluated(model, own_data, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("without_java")
-def test_a_broken_picture_is_left_out_and_said(model, own_data, capsys, tmp_path):
+def test_a_broken_image_is_left_out_and_said(model, own_data, capsys, tmp_path):
     data = tmp_path / "my"
     shutil.copytree(own_data, data)
-    (data / "images" / "00003.png").write_text("no picture")
+    (data / "images" / "00003.png").write_text("no image")
     assert main([*evaluate(model, data, tmp_path / "val"), "--html", "page.html", "--json"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["images"] == 13
@@ -869,11 +869,11 @@ def test_a_broken_picture_is_left_out_and_said(model, own_data, capsys, tmp_path
     assert "00003.png cannot be read: it holds text" in printed.err
     assert "00003.png" not in read_captions(tmp_path / "val" / "captions.json")
     for path in (data / "images").glob("*.png"):
-        path.write_text("no picture")
+        path.write_text("no image")
     capsys.readouterr()
     assert main(evaluate(model, data, tmp_path / "none")) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "showtell: none of the 14 pictures of folder train can be read; mend them first"
+    assert last == "showtell: none of the 14 images of folder train can be read; mend them first"
     assert not (tmp_path / "none").exists()
 
 
@@ -901,7 +901,7 @@ def coco_small(shared_data) -> Path:
 
 
 def coco_as_csv(coco: Path, folder: Path, n: int) -> Path:
-    """The first `n` training pictures of a COCO folder as a csv with the pictures linked beside it."""
+    """The first `n` training images of a COCO folder as a csv with the images linked beside it."""
     data = datasets.load("coco", coco, "train")
     (folder / "images").mkdir(parents=True)
     with (folder / "captions.csv").open("w", newline="") as file:
@@ -1033,7 +1033,7 @@ def test_flickr8k_with_a_pretrained_backbone_and_its_cache(flickr8k, weights, ca
 # ---- export and import -------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_halved_for_sharing(tmp_path, capsys, pictures):
+def test_a_model_is_halved_for_sharing(tmp_path, capsys, images):
     arguments = {"name": "top-down", "embed_size": 8, "hidden_size": 8, "attention_size": 8, "vocab_size": len(VOCAB)}
     torch.manual_seed(0)
     model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
@@ -1045,11 +1045,11 @@ def test_a_model_is_halved_for_sharing(tmp_path, capsys, pictures):
     captioners = [load(path, "cpu") for path in (whole, half)]
     assert captioners[1].meta == {"epoch": 3}
     assert captioners[0].vocab == captioners[1].vocab
-    first, second = (c.caption(pictures / "00000.png", max_len=MAX_LEN)[0] for c in captioners)
+    first, second = (c.caption(images / "00000.png", max_len=MAX_LEN)[0] for c in captioners)
     assert first.score == pytest.approx(second.score, abs=1e-2)
 
 
-def test_a_model_goes_out_as_the_ancestors_files_and_comes_back(tmp_path, capsys, pictures):
+def test_a_model_goes_out_as_the_ancestors_files_and_comes_back(tmp_path, capsys, images):
     arguments = {"name": "show-tell", "embed_size": 8, "hidden_size": 8, "vocab_size": len(VOCAB)}
     torch.manual_seed(0)
     model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
@@ -1063,7 +1063,7 @@ def test_a_model_goes_out_as_the_ancestors_files_and_comes_back(tmp_path, capsys
     back = tmp_path / "back.safetensors"
     assert main(["import-legacy", str(encoder), str(decoder), str(vocab), "--out", str(back)]) == 0
     assert f"resnet18, {len(VOCAB)} words, embed 8, hidden 8, 1 LSTM layer(s)" in capsys.readouterr().out
-    photo = pictures / "00000.png"
+    photo = images / "00000.png"
     models = (tmp_path / "m.safetensors", back)
     first, second = (load(path, "cpu").caption(photo, max_len=MAX_LEN)[0] for path in models)
     assert first.words == second.words

@@ -1,4 +1,4 @@
-"""The loader: every caption once an epoch, the same batches however they are loaded, and broken pictures counted."""
+"""The loader: every caption once an epoch, the same batches however they are loaded, and broken images counted."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def vocab(scenes) -> Vocabulary:
 
 
 @pytest.fixture
-def pictures(tmp_path, scenes) -> CaptionSet:
+def images(tmp_path, scenes) -> CaptionSet:
     """Ten scenes as PNG files, with captions that name them."""
     from PIL import Image
 
@@ -62,7 +62,7 @@ def as_bytes(batches) -> list[tuple]:
     return [(images.numpy().tobytes(), captions.tolist()) for images, captions in batches]
 
 
-def test_a_mirrored_picture_swaps_left_and_right_in_its_captions():
+def test_a_mirrored_image_swaps_left_and_right_in_its_captions():
     one = datasets.load("synthetic", n=1)
     texts = ["a dog left of a cat", "the right hand"]
     captions = CaptionSet("folder", "train", ["0"] * 40, [texts] * 40, ["0"] * 40, ".")
@@ -219,7 +219,7 @@ def test_a_replaced_sampler_makes_the_batch(scenes, vocab, workers, method):
 # ---- What is in a batch ------------------------------------------------------------------------------------------
 
 
-def test_a_batch_holds_each_caption_beside_its_picture(scenes, vocab):
+def test_a_batch_holds_each_caption_beside_its_image(scenes, vocab):
     loader = get_loader(TINY, batch_size=16, dataset=scenes, vocab=vocab)
     texts = {tuple(vocab.encode(t)): i for i, captions in enumerate(scenes.captions) for t in captions}
     pixels = [TINY(scenes.image(i)) for i in range(len(scenes))]
@@ -247,7 +247,7 @@ def test_the_data_set_knows_its_lengths(scenes, vocab):
     assert samples.image_of.tolist() == [i for i, own in enumerate(scenes.captions) for _ in own]
 
 
-def test_by_image_each_picture_comes_once_with_all_its_captions(vocab, scenes):
+def test_by_image_each_image_comes_once_with_all_its_captions(vocab, scenes):
     uneven = scenes.subset(8)
     uneven.captions[2] = uneven.captions[2][:1]
     loader = get_loader(TINY, batch_size=3, dataset=uneven, vocab=vocab, group="image", shuffle=False)
@@ -278,42 +278,42 @@ def test_captions_of_unequal_length_are_padded_where_a_sampler_mixes_them():
     assert collate([Broken("x.jpg", "why")])[:2] == (None, None)
 
 
-def test_test_mode_gives_the_original_and_the_image(pictures, vocab):
-    loader = get_loader(AUGMENTED, mode="test", dataset=pictures, vocab=vocab)
+def test_test_mode_gives_the_original_and_the_image(images, vocab):
+    loader = get_loader(AUGMENTED, mode="test", dataset=images, vocab=vocab)
     assert len(loader) == len(loader.dataset) == 10
-    originals = {pictures.image(i).permute(1, 2, 0).numpy().tobytes(): i for i in range(10)}
+    originals = {images.image(i).permute(1, 2, 0).numpy().tobytes(): i for i in range(10)}
     seen = []
     for original, image in loader:
         assert original.shape == (1, 64, 64, 3)
         assert original.dtype == torch.uint8
         i = originals[original.numpy().tobytes()]
-        assert torch.equal(image[0], AUGMENTED.evaluation()(pictures.image(i)))
+        assert torch.equal(image[0], AUGMENTED.evaluation()(images.image(i)))
         seen.append(i)
     assert sorted(seen) == list(range(10))
     assert seen != sorted(seen)
-    in_order = get_loader(AUGMENTED, mode="test", dataset=pictures, vocab=vocab, shuffle=False)
+    in_order = get_loader(AUGMENTED, mode="test", dataset=images, vocab=vocab, shuffle=False)
     assert [originals[o.numpy().tobytes()] for o, _ in in_order] == list(range(10))
 
 
-def test_validation_is_the_same_every_time(pictures, vocab):
-    loader = get_loader(AUGMENTED, mode="val", batch_size=4, dataset=pictures, vocab=vocab)
+def test_validation_is_the_same_every_time(images, vocab):
+    loader = get_loader(AUGMENTED, mode="val", batch_size=4, dataset=images, vocab=vocab)
     first = as_bytes(loader)
     loader.batch_sampler.epoch = 1
     loader.dataset.set_epoch(1)
     assert as_bytes(loader) == first
-    assert as_bytes(get_loader(AUGMENTED.evaluation(), "val", 4, dataset=pictures, vocab=vocab, seed=9)) == first
+    assert as_bytes(get_loader(AUGMENTED.evaluation(), "val", 4, dataset=images, vocab=vocab, seed=9)) == first
     samples = loader.dataset
     middle = AUGMENTED.evaluation()
-    assert all(torch.equal(samples[n][0], middle(pictures.image(int(samples.image_of[n])))) for n in (0, 7, 49))
+    assert all(torch.equal(samples[n][0], middle(images.image(int(samples.image_of[n])))) for n in (0, 7, 49))
 
 
-def test_training_is_augmented_anew_every_epoch_and_caption(pictures, vocab):
-    samples = CaptionDataset(pictures, vocab, AUGMENTED)
-    again = CaptionDataset(pictures, vocab, AUGMENTED, seed=1)
+def test_training_is_augmented_anew_every_epoch_and_caption(images, vocab):
+    samples = CaptionDataset(images, vocab, AUGMENTED)
+    again = CaptionDataset(images, vocab, AUGMENTED, seed=1)
     assert torch.equal(samples[3][0], samples[3][0])
     assert any(not torch.equal(samples[n][0], again[n][0]) for n in range(5))
-    of_one_picture = [samples[n][0] for n in range(5)]
-    assert any(not torch.equal(image, of_one_picture[0]) for image in of_one_picture)
+    of_one_image = [samples[n][0] for n in range(5)]
+    assert any(not torch.equal(image, of_one_image[0]) for image in of_one_image)
     before = [samples[n][0] for n in range(10)]
     samples.set_epoch(1)
     assert any(not torch.equal(image, samples[n][0]) for n, image in enumerate(before))
@@ -321,7 +321,7 @@ def test_training_is_augmented_anew_every_epoch_and_caption(pictures, vocab):
     assert all(torch.equal(image, samples[n][0]) for n, image in enumerate(before))
 
 
-def test_another_callable_gets_a_pil_image(pictures, vocab):
+def test_another_callable_gets_a_pil_image(images, vocab):
     from PIL import Image
     from torchvision import transforms
 
@@ -334,33 +334,33 @@ def test_another_callable_gets_a_pil_image(pictures, vocab):
             transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
         ]
     )
-    images, _ = next(iter(get_loader(compose, batch_size=4, dataset=pictures, vocab=vocab)))
-    assert images.shape == (4, 3, 32, 32)
-    assert images.dtype == torch.float32
+    batch, _ = next(iter(get_loader(compose, batch_size=4, dataset=images, vocab=vocab)))
+    assert batch.shape == (4, 3, 32, 32)
+    assert batch.dtype == torch.float32
     given = []
 
     def look(image):
         given.append((type(image), image.mode, image.size))
         return transforms.functional.pil_to_tensor(image)
 
-    images, _ = next(iter(get_loader(look, batch_size=1, dataset=pictures, vocab=vocab, shuffle=False)))
+    batch, _ = next(iter(get_loader(look, batch_size=1, dataset=images, vocab=vocab, shuffle=False)))
     assert given == [(Image.Image, "RGB", (64, 64))]
-    index = get_loader(look, batch_size=1, dataset=pictures, vocab=vocab, shuffle=False).batch_sampler
+    index = get_loader(look, batch_size=1, dataset=images, vocab=vocab, shuffle=False).batch_sampler
     first = next(iter(index))[0]
-    assert torch.equal(images[0], pictures.image(first // 5))
+    assert torch.equal(batch[0], images.image(first // 5))
 
 
-def test_without_a_transform_pictures_come_as_they_are(pictures, vocab):
-    samples = CaptionDataset(pictures, vocab)
-    assert torch.equal(samples[0][0], pictures.image(0))
+def test_without_a_transform_images_come_as_they_are(images, vocab):
+    samples = CaptionDataset(images, vocab)
+    assert torch.equal(samples[0][0], images.image(0))
     assert samples[0][0].dtype == torch.uint8
 
 
 # ---- The same batches however they are loaded --------------------------------------------------------------------
 
 
-def two_epochs(pictures, vocab, group, **options):
-    loader = get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab, group=group, **options)
+def two_epochs(images, vocab, group, **options):
+    loader = get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab, group=group, **options)
     epochs = []
     for epoch in range(2):
         loader.batch_sampler.epoch = epoch
@@ -370,92 +370,92 @@ def two_epochs(pictures, vocab, group, **options):
 
 
 @pytest.mark.parametrize("group", ["length", "image"])
-def test_fork_equals_no_workers(pictures, vocab, group):
-    expected = two_epochs(pictures, vocab, group)
+def test_fork_equals_no_workers(images, vocab, group):
+    expected = two_epochs(images, vocab, group)
     assert expected[0] != expected[1]
-    assert two_epochs(pictures, vocab, group, num_workers=2, start_method="fork") == expected
-    assert two_epochs(pictures, vocab, group, num_workers=1) == expected
+    assert two_epochs(images, vocab, group, num_workers=2, start_method="fork") == expected
+    assert two_epochs(images, vocab, group, num_workers=1) == expected
 
 
-def test_spawn_equals_no_workers(pictures, vocab):
-    expected = two_epochs(pictures, vocab, "length")
-    assert two_epochs(pictures, vocab, "length", num_workers=1, start_method="spawn") == expected
+def test_spawn_equals_no_workers(images, vocab):
+    expected = two_epochs(images, vocab, "length")
+    assert two_epochs(images, vocab, "length", num_workers=1, start_method="spawn") == expected
 
 
-def test_the_data_set_can_be_sent_to_a_worker_after_train_indices(pictures, vocab):
+def test_the_data_set_can_be_sent_to_a_worker_after_train_indices(images, vocab):
     import pickle
 
-    samples = CaptionDataset(pictures, vocab, TINY, batch_size=3)
+    samples = CaptionDataset(images, vocab, TINY, batch_size=3)
     samples.get_train_indices()
     state = samples.__getstate__()  # the epoch is shared memory, which only a process being started may take over
     state.pop("_epoch")
     assert pickle.loads(pickle.dumps(state))["caption_lengths"] == samples.caption_lengths
 
 
-def test_an_epoch_broken_off_leaves_no_trace_in_the_next(pictures, vocab):
-    loader = get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab, num_workers=2, start_method="fork")
+def test_an_epoch_broken_off_leaves_no_trace_in_the_next(images, vocab):
+    loader = get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab, num_workers=2, start_method="fork")
     for _ in islice(loader, 2):
         pass
     loader.batch_sampler.epoch = 1
     loader.dataset.set_epoch(1)
-    assert as_bytes(loader) == two_epochs(pictures, vocab, "length")[1]
+    assert as_bytes(loader) == two_epochs(images, vocab, "length")[1]
 
 
-def test_resuming_in_the_middle_gives_the_rest_of_the_epoch(pictures, vocab):
-    whole = two_epochs(pictures, vocab, "length")[1]
-    loader = get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab)
+def test_resuming_in_the_middle_gives_the_rest_of_the_epoch(images, vocab):
+    whole = two_epochs(images, vocab, "length")[1]
+    loader = get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab)
     loader.batch_sampler.epoch, loader.batch_sampler.skip = 1, 5
     loader.dataset.set_epoch(1)
     assert as_bytes(loader) == whole[5:]
 
 
-def test_processes_share_the_batches_of_one(pictures, vocab):
-    whole = as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab))
+def test_processes_share_the_batches_of_one(images, vocab):
+    whole = as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab))
     shares = [
-        as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab, rank=r, world_size=3))
+        as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab, rank=r, world_size=3))
         for r in range(3)
     ]
     assert [batch for share in shares for batch in share] == [b for r in range(3) for b in whole[r::3]]
 
 
-def test_loading_leaves_the_global_generators_alone(pictures, vocab):
+def test_loading_leaves_the_global_generators_alone(images, vocab):
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    for _ in get_loader(AUGMENTED, batch_size=4, dataset=pictures, vocab=vocab):
+    for _ in get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab):
         pass
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
 
 
 @pytest.mark.parametrize("group", ["length", "image"])
-def test_cached_features_are_those_of_the_pictures(tmp_path, pictures, vocab, group):
+def test_cached_features_are_those_of_the_images(tmp_path, images, vocab, group):
     backbone = Backbone("tiny", grid=True, weights=None)
     backbone.fine_tune(None)
     cache = FeatureCache.open(tmp_path / "cache", backbone, TINY, "float32")
-    cache.build(pictures, progress=False)
-    from_pixels = get_loader(TINY, batch_size=4, dataset=pictures, vocab=vocab, group=group)
-    from_cache = get_loader(TINY, batch_size=4, dataset=pictures, vocab=vocab, group=group, cache=cache)
+    cache.build(images, progress=False)
+    from_pixels = get_loader(TINY, batch_size=4, dataset=images, vocab=vocab, group=group)
+    from_cache = get_loader(TINY, batch_size=4, dataset=images, vocab=vocab, group=group, cache=cache)
     for (images, captions), (features, same) in zip(from_pixels, from_cache, strict=True):
         assert torch.equal(captions, same)
         assert features.shape == (len(images), 64, 96)
         torch.testing.assert_close(features.float(), backbone(images), atol=1e-3, rtol=1e-3)  # stored in half
 
 
-# ---- Broken pictures ---------------------------------------------------------------------------------------------
+# ---- Broken images ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def partly_broken(pictures) -> CaptionSet:
-    """Picture 1 is cut short, 4 holds text, 7 is gone: 15 of the 50 captions."""
-    folder = Path(pictures.folder)
+def partly_broken(images) -> CaptionSet:
+    """Image 1 is cut short, 4 holds text, 7 is gone: 15 of the 50 captions."""
+    folder = Path(images.folder)
     data = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(data[: len(data) // 2])
-    (folder / "4.png").write_text("not a picture")
+    (folder / "4.png").write_text("not an image")
     (folder / "7.png").unlink()
-    return pictures
+    return images
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_pictures_are_named_counted_and_left_out(partly_broken, vocab, workers):
+def test_broken_images_are_named_counted_and_left_out(partly_broken, vocab, workers):
     loader = get_loader(
         TINY, batch_size=4, dataset=partly_broken, vocab=vocab, max_broken=3, num_workers=workers, start_method="fork"
     )
@@ -470,9 +470,9 @@ def test_broken_pictures_are_named_counted_and_left_out(partly_broken, vocab, wo
         assert sum(len(captions) for _, captions in loader) == 35
 
 
-def test_too_many_broken_pictures_stop_with_their_list(partly_broken, vocab):
+def test_too_many_broken_images_stop_with_their_list(partly_broken, vocab):
     loader = get_loader(TINY, batch_size=4, dataset=partly_broken, vocab=vocab, max_broken=2)
-    with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="3 pictures cannot be") as caught:
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(UserError, match="3 images cannot be") as caught:
         list(loader)
     message = str(caught.value)
     assert "more than the 2 allowed" in message
@@ -480,7 +480,7 @@ def test_too_many_broken_pictures_stop_with_their_list(partly_broken, vocab):
     assert message.count("\n") == 3
 
 
-def test_broken_pictures_in_the_other_modes(partly_broken, vocab):
+def test_broken_images_in_the_other_modes(partly_broken, vocab):
     test = get_loader(TINY, mode="test", dataset=partly_broken, vocab=vocab)
     by_image = get_loader(TINY, batch_size=4, mode="val", dataset=partly_broken, vocab=vocab, group="image")
     for loader in (test, by_image):
@@ -489,12 +489,12 @@ def test_broken_pictures_in_the_other_modes(partly_broken, vocab):
         assert len(loader.broken) == 3
 
 
-def test_a_picture_too_thin_for_the_transform_is_named_as_well(pictures, vocab):
+def test_a_image_too_thin_for_the_transform_is_named_as_well(images, vocab):
     from PIL import Image
 
-    path = Path(pictures.folder) / "2.png"
+    path = Path(images.folder) / "2.png"
     Image.new("RGB", (1, 300)).save(path)
-    loader = get_loader(Transform(resize=64, crop=64), batch_size=4, dataset=pictures, vocab=vocab)
+    loader = get_loader(Transform(resize=64, crop=64), batch_size=4, dataset=images, vocab=vocab)
     with pytest.warns(UserWarning, match="too long and thin"):
         assert sum(len(images) for images, _ in loader) == 45
     assert str(path) in loader.broken[str(path)]
@@ -569,7 +569,7 @@ def test_an_open_vocabulary_is_taken_as_it_is(scenes, vocab, elsewhere):
 
 @pytest.fixture(scope="module")
 def coco_2014(tmp_path_factory) -> Path:
-    """`cocoapi/` as the ancestors have it, with synthetic pictures: 12 to train on, 5 to validate."""
+    """`cocoapi/` as the ancestors have it, with synthetic images: 12 to train on, 5 to validate."""
     exported, root = tmp_path_factory.mktemp("export"), tmp_path_factory.mktemp("opt")
     synthetic.export_coco(exported, 12, 5, 48, 0)
     for split in ("train", "val"):
@@ -590,24 +590,24 @@ def test_cocoapi_loc_is_coco_in_that_folder(coco_2014, elsewhere):
         vocab_from_file=False,
         cocoapi_loc=str(coco_2014),
     )
-    captions = loader.dataset.captions
+    captions = loader.dataset.caption_set
     assert (captions.name, captions.split, len(captions)) == ("coco", "train", 12)
     assert captions.path(0).startswith(str(coco_2014 / "cocoapi" / "images" / "train2014"))
     assert sum(len(ids) for _, ids in loader) == 60
     loader.dataset.vocab.save("vocab.pkl")
-    for mode in ("val", "test"):  # COCO's own test pictures have no captions
+    for mode in ("val", "test"):  # COCO's own test images have no captions
         other = get_loader(TINY, mode, vocab_threshold=1, cocoapi_loc=coco_2014)
-        assert (other.dataset.captions.split, len(other.dataset.captions)) == ("val", 5)
+        assert (other.dataset.caption_set.split, len(other.dataset.caption_set)) == ("val", 5)
     by_name = get_loader(TINY, "val", dataset="coco", data_dir=coco_2014 / "cocoapi")
-    assert by_name.dataset.captions.captions == other.dataset.captions.captions
+    assert by_name.dataset.caption_set.captions == other.dataset.caption_set.captions
 
 
 def test_the_synthetic_set_is_the_default_and_follows_the_mode(vocab):
     for mode, split, n in (("train", "train", 12_000), ("val", "val", 1_000), ("test", "test", 1_000)):
         if mode != "train":
-            captions = get_loader(TINY, mode, vocab=vocab).dataset.captions
+            captions = get_loader(TINY, mode, vocab=vocab).dataset.caption_set
             assert (captions.name, captions.split, len(captions)) == ("synthetic", split, n)
-    assert get_loader(TINY, "val", vocab=vocab, split="unseen").dataset.captions.split == "unseen"
+    assert get_loader(TINY, "val", vocab=vocab, split="unseen").dataset.caption_set.split == "unseen"
 
 
 @pytest.mark.parametrize(
@@ -631,13 +631,13 @@ def test_wrong_arguments_get_one_sentence(scenes, vocab, elsewhere, arguments, s
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_that_cannot_share_a_batch_get_one_sentence(pictures, vocab, workers):
+def test_images_that_cannot_share_a_batch_get_one_sentence(images, vocab, workers):
     from PIL import Image
 
-    Image.new("RGB", (50, 40)).save(Path(pictures.folder) / "0.png")
-    options = {"batch_size": 50, "dataset": pictures, "vocab": vocab, "group": "image", "num_workers": workers}
+    Image.new("RGB", (50, 40)).save(Path(images.folder) / "0.png")
+    options = {"batch_size": 50, "dataset": images, "vocab": vocab, "group": "image", "num_workers": workers}
     options["start_method"] = "fork"
-    with pytest.raises(UserError, match=r"^pictures of shapes \(3, 40, 50\) and \(3, 64, 64\) cannot") as caught:
+    with pytest.raises(UserError, match=r"^images of shapes \(3, 40, 50\) and \(3, 64, 64\) cannot") as caught:
         list(get_loader(None, **options))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"^the transform gives a Image, not a tensor; end it with ToTensor\(\)$"):

@@ -16,7 +16,7 @@ from showtell.errors import MissingFileError, UserError
 from showtell.synthetic import check, describe, draw, export_coco, scene
 
 
-def write_pictures(folder: Path, names: list[str]) -> None:
+def write_images(folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(names):
         Image.new("RGB", (8, 8), (number * 10 % 256, 0, 0)).save(folder / name)
@@ -36,7 +36,7 @@ def split_ids(name: str, folder: Path, splits=("train", "val", "test"), **option
 
 
 def test_sets_are_joined_in_their_order(coco, tmp_path):
-    write_pictures(tmp_path / "other", ["a.png", "b.png"])
+    write_images(tmp_path / "other", ["a.png", "b.png"])
     (tmp_path / "other" / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,train\n")
     both = load("coco,folder", f"{coco},{tmp_path / 'other'}")
     assert (both.name, both.split, len(both)) == ("coco,folder", "train", 8)
@@ -104,7 +104,7 @@ def test_a_byte_order_mark_does_no_harm(coco):
     assert len(load("coco", coco)) == 6
 
 
-def test_missing_pictures_are_named_counted_and_skipped_up_to_a_limit(coco):
+def test_missing_images_are_named_counted_and_skipped_up_to_a_limit(coco):
     for number in (2, 5):
         (coco / "train2017" / f"{number:012d}.png").unlink()
     skipped = load("coco", coco, max_missing=2)
@@ -113,7 +113,7 @@ def test_missing_pictures_are_named_counted_and_skipped_up_to_a_limit(coco):
     assert skipped.captions[1] == describe(scene(2))
     assert repr(skipped) == "<CaptionSet coco train: 4 images, 20 captions, 2 files missing>"
     message = (
-        r"2 of 6 pictures of coco train are not in .*train2017 \(000000000002.png, 000000000005.png\); at most 0 may"
+        r"2 of 6 images of coco train are not in .*train2017 \(000000000002.png, 000000000005.png\); at most 0 may"
     )
     for options in ({}, {"on_missing": "error"}):
         with pytest.raises(MissingFileError, match=message):
@@ -129,7 +129,7 @@ def test_the_default_limit_is_a_tenth(tmp_path):
     (tmp_path / "train2017" / "000000000004.png").unlink()
     assert load("coco", tmp_path).missing == ["000000000004.png"]
     (tmp_path / "train2017" / "000000000005.png").unlink()
-    with pytest.raises(MissingFileError, match="2 of 10 pictures"):
+    with pytest.raises(MissingFileError, match="2 of 10 images"):
         load("coco", tmp_path)
 
 
@@ -195,7 +195,7 @@ def test_a_wrong_captions_json_is_named(coco, what, sentence):
 def test_captions_that_are_all_empty(coco):
     path, values = captions_file(coco)
     write_json(path, change(values, "all empty"))
-    with pytest.raises(UserError, match=r"no picture of coco train in .* has a caption; check the annotations"):
+    with pytest.raises(UserError, match=r"no image of coco train in .* has a caption; check the annotations"):
         load("coco", coco)
 
 
@@ -268,7 +268,7 @@ NAMES = [f"p{number}.png" for number in range(5)]
 
 @pytest.mark.parametrize("under", ["val2014", "images/val2014"])
 def test_karpathys_coco_with_restval_in_training(tmp_path, under):
-    write_pictures(tmp_path / under, NAMES)
+    write_images(tmp_path / under, NAMES)
     write_json(tmp_path / "dataset_coco.json", karpathy_json())
     assert split_ids("karpathy", tmp_path) == [{100, 101, 104}, {102}, {103}]
     test = load("karpathy", tmp_path, "test")
@@ -277,7 +277,7 @@ def test_karpathys_coco_with_restval_in_training(tmp_path, under):
 
 
 def test_karpathys_flickr8k_beside_an_images_folder(tmp_path):
-    write_pictures(tmp_path / "images", NAMES)
+    write_images(tmp_path / "images", NAMES)
     path = write_json(tmp_path / "elsewhere" / "splits.json", karpathy_json(None))
     with pytest.raises(
         MissingFileError, match=r"holds no dataset_\*\.json; name the json to read with the option annot"
@@ -287,7 +287,7 @@ def test_karpathys_flickr8k_beside_an_images_folder(tmp_path):
 
 
 def test_wrong_karpathy_files(tmp_path):
-    write_pictures(tmp_path / "images", NAMES)
+    write_images(tmp_path / "images", NAMES)
     path = tmp_path / "dataset_flickr8k.json"
     values = karpathy_json(None)
     for change_it, sentence in [
@@ -309,9 +309,9 @@ def test_wrong_karpathy_files(tmp_path):
 
 @pytest.fixture
 def small_flickr8k(tmp_path: Path) -> Path:
-    write_pictures(tmp_path / "Flicker8k_Dataset", [f"{n}.jpg" for n in range(8)])
-    lines = [f"{n}.jpg#{k}\tA dog # {k} on picture {n} ." for n in range(8) for k in range(5)]
-    (tmp_path / "Flickr8k.token.txt").write_text("\n".join([*lines, "gone.jpg.1#0\tNo such picture .", ""]))
+    write_images(tmp_path / "Flicker8k_Dataset", [f"{n}.jpg" for n in range(8)])
+    lines = [f"{n}.jpg#{k}\tA dog # {k} on image {n} ." for n in range(8) for k in range(5)]
+    (tmp_path / "Flickr8k.token.txt").write_text("\n".join([*lines, "gone.jpg.1#0\tNo such image .", ""]))
     for name, numbers in (("train", (3, 1, 0, 4)), ("dev", (5,)), ("test", (6, 7))):
         text = "".join(f"{n}.jpg\n" for n in numbers)
         (tmp_path / f"Flickr_8k.{name}Images.txt").write_text(text)
@@ -321,7 +321,7 @@ def small_flickr8k(tmp_path: Path) -> Path:
 def test_flickr8k_as_published(small_flickr8k):
     train = load("flickr8k", small_flickr8k)
     assert train.image_ids == ["3.jpg", "1.jpg", "0.jpg", "4.jpg"]
-    assert train.captions[1] == [f"A dog # {k} on picture 1 ." for k in range(5)]
+    assert train.captions[1] == [f"A dog # {k} on image 1 ." for k in range(5)]
     assert train.image(0).shape == (3, 8, 8)
     assert split_ids("flickr8k", small_flickr8k, ("val", "dev", "test")) == [{"5.jpg"}, {"5.jpg"}, {"6.jpg", "7.jpg"}]
 
@@ -330,7 +330,7 @@ def test_wrong_flickr8k_folders(small_flickr8k):
     tokens = small_flickr8k / "Flickr8k.token.txt"
     good = tokens.read_text()
     for text, sentence in [
-        (good + "8.jpg a dog\n", r"line 42 of .* is not `picture.jpg#0<tab>caption`"),
+        (good + "8.jpg a dog\n", r"line 42 of .* is not `image.jpg#0<tab>caption`"),
         (good + "1.jpg#2\tA dog again .\n", r"line 42 of .* is a second 1.jpg#2"),
     ]:
         tokens.write_text(text)
@@ -347,8 +347,8 @@ def test_wrong_flickr8k_folders(small_flickr8k):
 
 # ---- One's own folder --------------------------------------------------------------------------------------------
 
-ROWS = [(f"{n}.png", f'picture {n}, said "{k}"') for n in range(4) for k in "ab"]
-EXPECTED = {f"{n}.png": [f'picture {n}, said "{k}"' for k in "ab"] for n in range(4)}
+ROWS = [(f"{n}.png", f'image {n}, said "{k}"') for n in range(4) for k in "ab"]
+EXPECTED = {f"{n}.png": [f'image {n}, said "{k}"' for k in "ab"] for n in range(4)}
 
 
 def quoted(cell: str) -> str:
@@ -371,8 +371,8 @@ TABLES = {
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("under", [".", "images"])
-def test_a_table_and_pictures(tmp_path, table, under):
-    write_pictures(tmp_path / under, list(EXPECTED))
+def test_a_table_and_images(tmp_path, table, under):
+    write_images(tmp_path / under, list(EXPECTED))
     (tmp_path / table).write_bytes(TABLES[table].encode())
     parts = [load("folder", tmp_path, split, val=0.25, test=0.25) for split in ("train", "val", "test")]
     assert {f: c for part in parts for f, c in zip(part.image_ids, part.captions, strict=True)} == EXPECTED
@@ -382,8 +382,8 @@ def test_a_table_and_pictures(tmp_path, table, under):
 
 def own_folder(tmp_path: Path, n: int) -> Path:
     names = [f"{number}.png" for number in range(n)]
-    write_pictures(tmp_path, names)
-    (tmp_path / "captions.csv").write_text("".join(f"{name},a picture\n{name},one more\n" for name in names))
+    write_images(tmp_path, names)
+    (tmp_path / "captions.csv").write_text("".join(f"{name},an image\n{name},one more\n" for name in names))
     return tmp_path
 
 
@@ -398,21 +398,21 @@ def test_the_drawn_split_is_by_image_by_seed_and_by_part(tmp_path):
     assert all(len(captions) == 2 for captions in load("folder", folder).captions)
 
 
-def test_new_pictures_move_no_old_one(tmp_path):
+def test_new_images_move_no_old_one(tmp_path):
     before = split_ids("folder", own_folder(tmp_path, 100))
     after = split_ids("folder", own_folder(tmp_path, 160))
     for old, new in zip(before, after, strict=True):
         assert old <= new
 
 
-def test_even_three_pictures_fill_three_splits_and_one_is_for_training(tmp_path):
+def test_even_three_images_fill_three_splits_and_one_is_for_training(tmp_path):
     for seed in range(10):
         assert [len(ids) for ids in split_ids("folder", own_folder(tmp_path / "3", 3), seed=seed)] == [1, 1, 1]
     assert len(load("folder", own_folder(tmp_path / "1", 1))) == 1
 
 
 def test_splits_that_the_table_names(tmp_path):
-    write_pictures(tmp_path, list(EXPECTED))
+    write_images(tmp_path, list(EXPECTED))
     table = tmp_path / "captions.csv"
     table.write_text("image,caption,split\n0.png,a,train\n0.png,b,train\n1.png,c,dev\n2.png,d,Test\n3.png,e,train\n")
     (tmp_path / "notes.json").write_text("{}")
@@ -461,25 +461,25 @@ def test_splits_that_the_table_names(tmp_path):
     ],
 )
 def test_wrong_tables(tmp_path, name, text, sentence):
-    write_pictures(tmp_path, ["0.png", "1.png"])
+    write_images(tmp_path, ["0.png", "1.png"])
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=sentence):
         load("folder", tmp_path)
 
 
 def test_options_of_a_folder(tmp_path):
-    write_pictures(tmp_path / "pictures", list(EXPECTED))
+    write_images(tmp_path / "images", list(EXPECTED))
     (tmp_path / "data").mkdir()
     for name in ("one.csv", "two.csv"):
         (tmp_path / "data" / name).write_text("".join(f"{file},{name}\n" for file in EXPECTED))
     with pytest.raises(MissingFileError, match=r"holds one.csv, two.csv; put one captions.csv there or name it"):
         load("folder", tmp_path / "data")
-    options = {"annotations": tmp_path / "data" / "two.csv", "images": tmp_path / "pictures"}
+    options = {"annotations": tmp_path / "data" / "two.csv", "images": tmp_path / "images"}
     assert set(load("folder", tmp_path / "data", **options).all_captions()) == {"two.csv"}
     with pytest.raises(MissingFileError, match=r"there is no file .*three.csv"):
         load("folder", tmp_path / "data", annotations=tmp_path / "data" / "three.csv")
     with pytest.raises(UserError, match=r"is not a table this reads; give a csv, tsv, json or jsonl file"):
-        load("folder", tmp_path / "data", annotations=tmp_path / "pictures" / "0.png")
+        load("folder", tmp_path / "data", annotations=tmp_path / "images" / "0.png")
     with pytest.raises(UserError, match=r"val=0.5 and test=0.5 leave nothing to train on"):
         load("folder", tmp_path / "data", val=0.5, test=0.5)
 
@@ -496,9 +496,9 @@ def test_the_synthetic_set_is_drawn_on_the_fly():
     assert drawn.path(2) is None
     assert all(check(caption, drawn.scene(2)).true for caption in drawn.captions[2])
     assert len(set(drawn.image_ids)) == 4
-    with pytest.raises(UserError, match="size=8 is too small for synthetic pictures; use 16 or more"):
+    with pytest.raises(UserError, match="size=8 is too small for synthetic images; use 16 or more"):
         load("synthetic", size=8)
-    with pytest.raises(UserError, match="n=0 synthetic pictures are too few"):
+    with pytest.raises(UserError, match="n=0 synthetic images are too few"):
         load("synthetic", n=0)
 
 

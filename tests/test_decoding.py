@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from showtell.decoders import DECODERS, repeat_rows
-from showtell.decoding import Rules, beam_search, greedy, sample
+from showtell.decoding import DecodingOptions, beam_search, greedy, sample
 from showtell.errors import UserError
 
 pytestmark = pytest.mark.parametrize("name", DECODERS)
@@ -60,7 +60,7 @@ def test_captions_of_one_image_equal_the_image_repeated(decoder):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 def test_full_beam_is_exhaustive(decoder, length_penalty):
-    rules = Rules(max_len=3, length_penalty=length_penalty)
+    rules = DecodingOptions(max_len=3, length_penalty=length_penalty)
     features = features_for(decoder, 2)
     words = [i for i in range(V) if i not in (0, 1, 2)]
     for i in range(2):
@@ -126,7 +126,7 @@ def test_beam_attention_follows_its_own_beam(decoder):
 
 def test_lengths_are_kept(decoder):
     features = features_for(decoder, 6)
-    rules = Rules(min_len=4, max_len=6)
+    rules = DecodingOptions(min_len=4, max_len=6)
     for decode in (greedy, beam_search, sample):
         for result in decode(decoder, features, rules):
             for h in result if isinstance(result, list) else [result]:
@@ -137,7 +137,7 @@ def test_lengths_are_kept(decoder):
 def test_a_beam_that_never_ends_is_cut_at_max_len(decoder):
     if hasattr(decoder, "linear"):
         decoder.linear.bias.data[1] = -100.0
-    found = beam_search(decoder, features_for(decoder, 3), Rules(max_len=5), beam_size=3, n_best=3)
+    found = beam_search(decoder, features_for(decoder, 3), DecodingOptions(max_len=5), beam_size=3, n_best=3)
     assert all(len(h.ids) == 5 for hypotheses in found for h in hypotheses)
 
 
@@ -146,14 +146,16 @@ def test_special_words_are_not_written(decoder):
     features = features_for(decoder, 4)
     for h in [*greedy(decoder, features), *(s for row in sample(decoder, features, n=3) for s in row)]:
         assert not {0, 1, 2} & set(h.ids)
-    allowed = greedy(decoder, features, Rules(banned=(0,)))
+    allowed = greedy(decoder, features, DecodingOptions(banned=(0,)))
     assert any(2 in h.ids for h in allowed)
 
 
 def test_no_ngram_comes_twice(decoder):
     decoder.linear.bias.data[1] = -100.0
     for n in (1, 2, 3):
-        for hypotheses in beam_search(decoder, features_for(decoder, 3), Rules(no_repeat_ngram=n, max_len=12)):
+        for hypotheses in beam_search(
+            decoder, features_for(decoder, 3), DecodingOptions(no_repeat_ngram=n, max_len=12)
+        ):
             ids = hypotheses[0].ids
             runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
             assert len(runs) == len(set(runs)) > 0
@@ -161,10 +163,12 @@ def test_no_ngram_comes_twice(decoder):
 
 def test_sampling_follows_the_distribution_and_its_seed(decoder):
     features = features_for(decoder, 1)
-    rules = Rules(max_len=1, banned=(0,))
+    rules = DecodingOptions(max_len=1, banned=(0,))
     memory, state = decoder.start(features)
     logits, _, _ = decoder.step(torch.tensor([0]), memory, state)
-    expected = Rules(banned=(0,)).apply(logits.log_softmax(1), torch.empty(1, 0, dtype=torch.long)).softmax(1)[0]
+    expected = (
+        DecodingOptions(banned=(0,)).apply(logits.log_softmax(1), torch.empty(1, 0, dtype=torch.long)).softmax(1)[0]
+    )
 
     def first_words(seed, **options):
         drawn = sample(decoder, features, rules, n=4000, generator=torch.Generator().manual_seed(seed), **options)[0]
@@ -187,4 +191,4 @@ def test_impossible_requests_are_refused(decoder):
     with pytest.raises(UserError, match="temperature > 0"):
         sample(decoder, features, temperature=0.0)
     with pytest.raises(UserError, match="min_len <= max_len"):
-        Rules(min_len=9, max_len=3)
+        DecodingOptions(min_len=9, max_len=3)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Says:
-    """A captioner that says of each picture what a function of its pixels says."""
+    """A captioner that says of each image what a function of its pixels says."""
 
     def __init__(self, sentence_of) -> None:
         self.sentence_of = sentence_of
@@ -88,8 +88,8 @@ def test_a_perfect_captioner_is_always_right(split):
     assert demo._rate(rows) == 1.0
 
 
-def test_a_caption_of_another_picture_is_mostly_wrong():
-    """The judge sees which caption belongs to which picture."""
+def test_a_caption_of_another_image_is_mostly_wrong():
+    """The judge sees which caption belongs to which image."""
     scenes = scenes_of(120)
     sentences = [whole_truth(scenes.scene(i)) for i in range(120)]
     shifted = iter(sentences[1:] + sentences[:1])
@@ -124,7 +124,7 @@ def test_the_best_constant_caption_is_found_among_the_training_captions():
     common = sorted(Counter(training.all_captions()).items(), key=lambda item: -item[1])[:50]
     rates = [sum(v.true and v.complete for v in (synthetic.check(c, s) for s in scenes)) / 60 for c, _ in common]
     assert rate == max(rates)
-    assert 0 < rate < 0.1  # no one sentence fits many pictures
+    assert 0 < rate < 0.1  # no one sentence fits many images
     same = [scenes[0]] * 3
     assert demo.best_constant(Only(whole_truth(scenes[0]), "a pink elephant"), same) == 1.0
     assert demo.best_constant(Only("a pink elephant"), same) == 0.0
@@ -164,7 +164,7 @@ def small(tmp_path_factory):
     return folder, rates, "\n".join(printed)
 
 
-def test_it_writes_a_page_a_picture_and_a_model(small):
+def test_it_writes_a_page_a_image_and_a_model(small):
     folder, _, _ = small
     page = (folder / "index.html").read_text()
     assert page.count('<li class="card') == 40 + len(demo.PHOTOGRAPHS)
@@ -185,7 +185,7 @@ def test_it_prints_the_rates_five_captions_and_where_things_are(small):
     folder, rates, printed = small
     assert sorted(rates) == ["constant", "seen", "unseen"]
     assert all(0 <= rate <= 1 for rate in rates.values())
-    found = re.search(r"right captions: (\S+)% of 20 pictures .* (\S+)% of 20 of unseen .*caption: (\S+)%", printed)
+    found = re.search(r"right captions: (\S+)% of 20 images .* (\S+)% of 20 of unseen .*caption: (\S+)%", printed)
     assert [float(number) for number in found.groups()] == pytest.approx(
         [100 * rates[name] for name in ("seen", "unseen", "constant")], abs=0.051
     )

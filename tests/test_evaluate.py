@@ -1,4 +1,4 @@
-"""Evaluation: a data set captioned in batches as picture by picture; perplexity by words; broken pictures by name."""
+"""Evaluation: a data set captioned in batches as image by image; perplexity by words; broken images by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from showtell.checkpoint import save_checkpoint
 from showtell.data_loader import CaptionDataset, get_loader
 from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS
-from showtell.decoding import Rules, beam_search
+from showtell.decoding import DecodingOptions, beam_search
 from showtell.errors import UserError
 from showtell.evaluate import evaluate, image_loader, perplexity, write_captions
 from showtell.features import FeatureCache
@@ -41,16 +41,16 @@ def vocab(scenes) -> Vocabulary:
 
 
 def model_of(decoder: str, vocab: Vocabulary, backbone: str = "tiny") -> CaptionModel:
-    """An untrained model, its features spread out so that its captions differ from picture to picture."""
+    """An untrained model, its features spread out so that its captions differ from image to image."""
     torch.manual_seed(3)
     config = {
         "encoder": {"embed_size": 16, "backbone": backbone},
         "decoder": {"name": decoder, "embed_size": 16, "hidden_size": 16, "vocab_size": len(vocab)},
     }
     model = CaptionModel(config).eval()
-    pictures = datasets.load("synthetic", split="val", n=11, size=32)
+    images = datasets.load("synthetic", split="val", n=11, size=32)
     with torch.no_grad():
-        features = model.encoder.backbone(torch.stack([TRANSFORM(pictures.image(i)) for i in range(11)]))
+        features = model.encoder.backbone(torch.stack([TRANSFORM(images.image(i)) for i in range(11)]))
         embed = model.encoder.embed
         embed.bias -= embed(features).flatten(0, -2).mean(0)
         scale = 3 / embed(features).std()
@@ -79,8 +79,8 @@ def loader_of(captions: CaptionSet, vocab: Vocabulary, batch_size: int = 4, **op
 
 @pytest.mark.parametrize("beam_size", [1, 3])
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_a_data_set_is_captioned_as_its_pictures_are_one_by_one(decoder, beam_size, scenes, vocab):
-    model, rules = model_of(decoder, vocab), Rules.of(vocab, min_len=2, max_len=8)
+def test_a_data_set_is_captioned_as_its_images_are_one_by_one(decoder, beam_size, scenes, vocab):
+    model, rules = model_of(decoder, vocab), DecodingOptions.of(vocab, min_len=2, max_len=8)
     model.train()  # it must not matter
     found = write_captions(model, loader_of(scenes, vocab), rules, beam_size)
     assert list(found) == [f"val-0-{i}" for i in range(11)]
@@ -90,14 +90,14 @@ def test_a_data_set_is_captioned_as_its_pictures_are_one_by_one(decoder, beam_si
         ((alone,),) = beam_search(model.decoder, features, rules, beam_size)
         assert hypothesis.ids == alone.ids
         assert hypothesis.score == pytest.approx(alone.score, rel=1e-3)
-    assert len({tuple(hypothesis.ids) for hypothesis in found.values()}) > 1, "every picture got the same caption"
+    assert len({tuple(hypothesis.ids) for hypothesis in found.values()}) > 1, "every image got the same caption"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_pictures_are_left_out_by_name_and_nobody_gets_anothers_caption(num_workers, scenes, vocab, tmp_path):
-    broken = {0: b"no picture", 4: b"", 5: b"\x89PNG\r\n\x1a\n cut", 6: b"x", 7: b"y", 10: b"z"}  # 4 to 7: a batch
+def test_broken_images_are_left_out_by_name_and_nobody_gets_anothers_caption(num_workers, scenes, vocab, tmp_path):
+    broken = {0: b"no image", 4: b"", 5: b"\x89PNG\r\n\x1a\n cut", 6: b"x", 7: b"y", 10: b"z"}  # 4 to 7: a batch
     data = on_disk(tmp_path, scenes, broken)
-    model, rules = model_of("show-tell", vocab), Rules.of(vocab, max_len=8)
+    model, rules = model_of("show-tell", vocab), DecodingOptions.of(vocab, max_len=8)
     whole = write_captions(model, loader_of(scenes, vocab), rules, 2)
     loader = loader_of(data, vocab, num_workers=num_workers)
     found = write_captions(model, loader, rules, 2)
@@ -107,20 +107,20 @@ def test_broken_pictures_are_left_out_by_name_and_nobody_gets_anothers_caption(n
     assert sorted(Path(path).name for path in loader.broken) == [f"{i:02d}.png" for i in sorted(broken)]
 
 
-def test_a_picture_that_comes_back_is_captioned_again(scenes, vocab, tmp_path):
+def test_a_image_that_comes_back_is_captioned_again(scenes, vocab, tmp_path):
     data = on_disk(tmp_path, scenes, {3: b"not yet"})
     model, loader = model_of("show-tell", vocab), loader_of(data, vocab)
-    rules = Rules.of(vocab, max_len=8)
+    rules = DecodingOptions.of(vocab, max_len=8)
     assert "103" not in write_captions(model, loader, rules, 1)
     on_disk(tmp_path, scenes, {8: b"gone"})
     assert list(write_captions(model, loader, rules, 1)) == [str(100 + i) for i in range(11) if i != 8]
 
 
-def test_too_many_broken_pictures_are_listed(scenes, vocab, tmp_path):
+def test_too_many_broken_images_are_listed(scenes, vocab, tmp_path):
     data = on_disk(tmp_path, scenes, {1: b"a", 2: b"b"})
     loader = loader_of(data, vocab, max_broken=1)
-    with pytest.raises(UserError, match="2 pictures cannot be read, more than the 1 allowed") as error:
-        write_captions(model_of("show-tell", vocab), loader, Rules.of(vocab))
+    with pytest.raises(UserError, match="2 images cannot be read, more than the 1 allowed") as error:
+        write_captions(model_of("show-tell", vocab), loader, DecodingOptions.of(vocab))
     assert "01.png" in str(error.value)
     assert "02.png" in str(error.value)
 
@@ -153,7 +153,7 @@ def test_a_perplexity_too_large_for_a_float_is_the_largest(scenes, vocab):
     assert ppl == math.exp(700)
 
 
-def test_encode_takes_pictures_and_cached_features(scenes, vocab, tmp_path):
+def test_encode_takes_images_and_cached_features(scenes, vocab, tmp_path):
     model = model_of("attend", vocab, "resnet18")
     cache = FeatureCache.open(tmp_path, model.encoder.backbone, TRANSFORM)
     cache.build(scenes, progress=False)
@@ -165,7 +165,7 @@ def test_encode_takes_pictures_and_cached_features(scenes, vocab, tmp_path):
         from_cache = model.encoder(cache.get(cache.rows(scenes)))
         torch.testing.assert_close(from_cache, model.encoder(images), rtol=0, atol=0.03)  # of a deviation of 3
     cached = CaptionDataset(scenes, vocab, TRANSFORM, "val", "image", cache=cache)
-    rules = Rules.of(vocab, max_len=8)
+    rules = DecodingOptions.of(vocab, max_len=8)
     found = write_captions(model, image_loader(cached, 4), rules, 2)
     fresh = write_captions(model, loader_of(scenes, vocab), rules, 2)
     assert {i: h.ids for i, h in found.items()} == {i: h.ids for i, h in fresh.items()}
@@ -181,7 +181,7 @@ def test_what_on_batch_raises_ends_the_work(scenes, vocab):
 
     model = model_of("show-tell", vocab)
     with pytest.raises(InterruptedError):
-        write_captions(model, loader_of(scenes, vocab), Rules.of(vocab), 1, on_batch=stop)
+        write_captions(model, loader_of(scenes, vocab), DecodingOptions.of(vocab), 1, on_batch=stop)
     assert len(batches) == 2
     batches.clear()
     with pytest.raises(InterruptedError):
@@ -202,9 +202,9 @@ def saved(vocab, tmp_path, monkeypatch) -> Path:
 
 
 def test_evaluate_scores_what_the_captioner_writes(saved, scenes, tmp_path):
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
-    data = on_disk(folder, scenes, {2: b"no picture"})
+    data = on_disk(folder, scenes, {2: b"no image"})
     found = evaluate(saved.parent, data, beam_size=2, device="cpu", progress=False)
     captioner = load(saved, "cpu")
     alone = {str(data.image_ids[i]): captioner.caption(data.path(i), beam_size=2)[0] for i in range(11) if i != 2}

@@ -37,7 +37,7 @@ def frozen(name: str = "tiny", seed: int = 0, **arguments) -> Backbone:
     return backbone
 
 
-def write_pictures(folder: Path, n: int, first: int = 0) -> CaptionSet:
+def write_images(folder: Path, n: int, first: int = 0) -> CaptionSet:
     """`n` synthetic scenes as files, in a set of all that `folder` holds."""
     from PIL import Image
 
@@ -45,12 +45,12 @@ def write_pictures(folder: Path, n: int, first: int = 0) -> CaptionSet:
     folder.mkdir(exist_ok=True)
     for i in range(first, first + n):
         Image.fromarray(scenes.image(i).permute(1, 2, 0).numpy()).save(folder / f"{i:03}.png")
-    return pictures_in(folder)
+    return images_in(folder)
 
 
-def pictures_in(folder: Path) -> CaptionSet:
+def images_in(folder: Path) -> CaptionSet:
     files = sorted(path.name for path in folder.iterdir())
-    return CaptionSet("folder", "train", files, [["a picture"]] * len(files), files, folder)
+    return CaptionSet("folder", "train", files, [["an image"]] * len(files), files, folder)
 
 
 def fresh_features(backbone: Backbone, transform: Transform, images: CaptionSet) -> torch.Tensor:
@@ -59,11 +59,11 @@ def fresh_features(backbone: Backbone, transform: Transform, images: CaptionSet)
 
 
 def assert_holds(cache: FeatureCache, backbone: Backbone, images: CaptionSet) -> None:
-    """Every picture has a row, and it is what the backbone gives, within the rounding to half precision."""
+    """Every image has a row, and it is what the backbone gives, within the rounding to half precision."""
     cached, fresh = cache.get(cache.rows(images)), fresh_features(backbone, TINY, images)
     assert cached.dtype == torch.float16
     torch.testing.assert_close(cached.float(), fresh, rtol=2**-10, atol=1e-6)
-    assert fresh.std(0).max() > 1e-3, "the pictures look alike to this backbone: the comparison proves nothing"
+    assert fresh.std(0).max() > 1e-3, "the images look alike to this backbone: the comparison proves nothing"
 
 
 def test_mirror_images_have_a_cache_of_their_own(images, backbone, tmp_path):
@@ -80,7 +80,7 @@ def test_mirror_images_have_a_cache_of_their_own(images, backbone, tmp_path):
 
 @pytest.fixture
 def images(tmp_path: Path) -> CaptionSet:
-    return write_pictures(tmp_path / "pictures", 10)
+    return write_images(tmp_path / "images", 10)
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_cached_features_are_fresh_ones(tmp_path, images, arguments, num_workers
     assert len(cache) == 10
 
 
-def test_drawn_pictures_are_known_by_their_pixels(cache, backbone):
+def test_drawn_images_are_known_by_their_pixels(cache, backbone):
     cache.build(load("synthetic", n=6), progress=False)
     assert_holds(cache, backbone, load("synthetic", n=6))
     assert cache.rows(load("synthetic", n=8)).tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
@@ -204,7 +204,7 @@ def test_another_backbone_gets_another_folder(tmp_path, images, cache):
     assert Transform.from_dict(about["transform"]) == TINY
 
 
-# ---- The same cache for more pictures ----------------------------------------------------------------------------
+# ---- The same cache for more images ----------------------------------------------------------------------------
 
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -220,11 +220,11 @@ def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def test_new_pictures_extend_a_cache(images, backbone, cache, monkeypatch):
+def test_new_images_extend_a_cache(images, backbone, cache, monkeypatch):
     cache.build(images, progress=False)
     before = cache.get(cache.rows(images))
     computed = count_computed(monkeypatch)
-    more = write_pictures(Path(images.folder), 5, first=10)
+    more = write_images(Path(images.folder), 5, first=10)
     assert cache.missing(more) == [10, 11, 12, 13, 14]
     cache.build(more, progress=False)
     cache.build(more, progress=False)
@@ -239,15 +239,15 @@ def test_a_moved_or_copied_folder_is_known_again_without_the_network(tmp_path, i
     other = tmp_path / "elsewhere"
     shutil.copytree(images.folder, other, copy_function=shutil.copyfile)  # without the times of change
     computed = count_computed(monkeypatch)
-    assert cache.rows(pictures_in(other)).tolist() == rows.tolist()
-    cache.build(pictures_in(other), progress=False)
+    assert cache.rows(images_in(other)).tolist() == rows.tolist()
+    cache.build(images_in(other), progress=False)
     assert computed == []
     assert len(cache) == 10
     assert str(other / "000.png") in (cache.folder / "index.jsonl").read_text("utf-8")
 
 
-def test_pictures_of_one_name_size_and_time_are_not_confused(tmp_path, backbone, cache):
-    first, second = write_pictures(tmp_path / "a", 1), write_pictures(tmp_path / "b", 1)
+def test_images_of_one_name_size_and_time_are_not_confused(tmp_path, backbone, cache):
+    first, second = write_images(tmp_path / "a", 1), write_images(tmp_path / "b", 1)
     pixels = first.image(0).clone()
     for images, value in ((first, 0), (second, 255)):
         from PIL import Image
@@ -262,17 +262,17 @@ def test_pictures_of_one_name_size_and_time_are_not_confused(tmp_path, backbone,
     assert_holds(cache, backbone, CaptionSet("folder", "", [0, 1], [[], []], ["a/000.png", "b/000.png"], tmp_path))
 
 
-def test_a_changed_picture_is_computed_anew(images, backbone, cache):
+def test_a_changed_image_is_computed_anew(images, backbone, cache):
     cache.build(images, progress=False)
     shutil.copyfile(images.path(5), images.path(2))
-    write_pictures(Path(images.folder), 1, first=20)
+    write_images(Path(images.folder), 1, first=20)
     os.replace(Path(images.folder) / "020.png", images.path(7))
-    assert cache.missing(images) == [7]  # picture 2 is now a copy of 5, which has a row
+    assert cache.missing(images) == [7]  # image 2 is now a copy of 5, which has a row
     cache.build(images, progress=False)
     assert_holds(cache, backbone, images)
 
 
-def test_equal_pictures_share_a_row(images, backbone, cache):
+def test_equal_images_share_a_row(images, backbone, cache):
     shutil.copyfile(images.path(0), images.path(1))
     cache.build(images, progress=False)
     rows = cache.rows(images)
@@ -286,12 +286,12 @@ def test_equal_pictures_share_a_row(images, backbone, cache):
 BUILD_SLOWLY = textwrap.dedent(
     """
     import sys, time
-    from test_features import TINY, FeatureCache, frozen, pictures_in
+    from test_features import TINY, FeatureCache, frozen, images_in
     from pathlib import Path
 
     torch_cache, folder, pause_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
     cache = FeatureCache.open(torch_cache, frozen(), TINY)
-    images = pictures_in(folder)
+    images = images_in(folder)
     image = images.image
     def slow(i):
         time.sleep(pause_s)
@@ -323,7 +323,7 @@ def wait_until(condition, process: subprocess.Popen, timeout_s: float = 60) -> N
 
 
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path, images, backbone, cache, monkeypatch):
-    images = write_pictures(Path(images.folder), 30, first=10)
+    images = write_images(Path(images.folder), 30, first=10)
     process = build_in_another_process(tmp_path / "cache", images, 0.15)
     try:
         wait_until(lambda: len(cache) >= 4, process)
@@ -396,7 +396,7 @@ def test_rows_and_index_that_disagree_are_brought_together(tmp_path, images, bac
     os.truncate(features, features.stat().st_size + change)
     cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
     assert len(cache) == {-1: 9, -96 * 2 * 4: 6, 77: 10}[change]
-    more = write_pictures(Path(images.folder), 2, first=10)
+    more = write_images(Path(images.folder), 2, first=10)
     cache.build(more, progress=False)
     assert_holds(cache, backbone, more)
     assert features.stat().st_size == 12 * 96 * 2
@@ -481,14 +481,14 @@ def test_the_size_is_said_beforehand_on_standard_error(images, cache, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-# ---- Broken pictures ---------------------------------------------------------------------------------------------
+# ---- Broken images ---------------------------------------------------------------------------------------------
 
 
-def test_broken_pictures_are_named_skipped_and_tried_again(images, backbone, cache):
+def test_broken_images_are_named_skipped_and_tried_again(images, backbone, cache):
     folder = Path(images.folder)
     good = (folder / "004.png").read_bytes()
     (folder / "002.png").write_bytes(b"")
-    (folder / "004.png").write_text("not a picture")
+    (folder / "004.png").write_text("not an image")
     (folder / "006.png").unlink()
     (folder / "008.png").write_bytes((folder / "008.png").read_bytes()[:60])
     broken = cache.build(images, batch_size=3, progress=False)
@@ -503,19 +503,19 @@ def test_broken_pictures_are_named_skipped_and_tried_again(images, backbone, cac
         cache.get(cache.rows(images))
 
 
-def test_too_many_broken_pictures_stop_the_build_with_their_list(images, cache):
+def test_too_many_broken_images_stop_the_build_with_their_list(images, cache):
     for i in range(5, 9):
         Path(images.path(i)).write_bytes(b"")
-    with pytest.raises(UserError, match=r"3 of 10 pictures .* at most 2 .*005\.png, .*007\.png\); repair or remove"):
+    with pytest.raises(UserError, match=r"3 of 10 images .* at most 2 .*005\.png, .*007\.png\); repair or remove"):
         cache.build(images, batch_size=1, max_broken=2, progress=False)
     assert len(cache) == 5
     assert len(cache.build(images, max_broken=4, progress=False)) == 4
 
 
-def test_a_folder_without_one_readable_picture_stops_the_build(images, cache):
+def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
     for i in range(10):
         Path(images.path(i)).write_bytes(b"")
-    with pytest.raises(UserError, match=r"none of the 10 pictures can be read \(.*000\.png, .*009\.png\)"):
+    with pytest.raises(UserError, match=r"none of the 10 images can be read \(.*000\.png, .*009\.png\)"):
         cache.build(images, progress=False)
 
 
@@ -587,7 +587,7 @@ def test_a_reader_sees_what_another_adds(tmp_path, images, backbone, cache):
         reader[0]
     cache.build(images, progress=False)
     assert_holds(reader, backbone, images)
-    more = write_pictures(Path(images.folder), 3, first=10)
+    more = write_images(Path(images.folder), 3, first=10)
     cache.build(more, progress=False)
     assert_holds(reader, backbone, more)
 

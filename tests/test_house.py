@@ -150,7 +150,7 @@ def test_no_module_is_listed_twice():
     assert len(listed) == len(set(listed))
 
 
-def test_the_picture_of_the_floors_is_fresh():
+def test_the_image_of_the_floors_is_fresh():
     drawn = floors.draw(floors.written_modules())
     assert floors.PICTURE.read_text("utf-8") == drawn, "images/floors.svg is old; type: python docs/floors.py"
 

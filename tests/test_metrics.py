@@ -325,7 +325,7 @@ def test_a_system_does_not_differ_from_itself_and_does_from_a_worse_one():
 
 def test_the_p_value_of_chance_is_uniform():
     references, _ = _synthetic_corpus(80, n_references=2)
-    pool, _ = _synthetic_corpus(80, n_references=2, seed=1)  # two equally bad systems: captions of other pictures
+    pool, _ = _synthetic_corpus(80, n_references=2, seed=1)  # two equally bad systems: captions of other images
     rng = np.random.default_rng(0)
     small = 0
     for seed in range(40):

@@ -133,7 +133,7 @@ def test_a_word_changes_what_comes_after_it_and_nothing_before(name):
 
 
 @every_decoder
-def test_the_picture_changes_every_word(name):
+def test_the_image_changes_every_word(name):
     decoder = build(name)
     captions = words(2, 6)
     logits = decoder(features_for(decoder, 2), captions)[:, -5:]
@@ -221,7 +221,7 @@ def test_padding_changes_neither_loss_nor_gradients(name):
 
 @every_decoder
 def test_captions_grouped_by_image_are_the_same_loss(name):
-    """(B, K, T) with padding, one picture with fewer captions than another, against one caption at a time."""
+    """(B, K, T) with padding, one image with fewer captions than another, against one caption at a time."""
     model = CaptionModel({"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}).eval()
     images = torch.randn(2, 3, 16, 16)
     captions = torch.full((2, 3, 8), IGNORE)
@@ -338,7 +338,7 @@ def test_batch_norm_behind_the_head():
     torch.testing.assert_close(features.mean(0), torch.zeros(5), atol=1e-5, rtol=0)
     moved = encoder.embed[1].running_mean.clone()
     assert moved.abs().max() > 0
-    one = encoder(images[:1])  # the last batch of an epoch may be a single picture
+    one = encoder(images[:1])  # the last batch of an epoch may be a single image
     assert torch.isfinite(one).all()
     assert torch.equal(encoder.embed[1].running_mean, moved)
     assert torch.equal(one, encoder.eval()(images[:1]))
@@ -362,7 +362,7 @@ def decoder_config(name: str) -> dict:
 
 
 @every_decoder
-def test_the_model_is_built_from_plain_values_and_reads_pictures_or_features(name):
+def test_the_model_is_built_from_plain_values_and_reads_images_or_features(name):
     config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}
     model = CaptionModel(config).eval()
     assert model.config == {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config(name)}

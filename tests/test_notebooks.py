@@ -92,7 +92,7 @@ def test_outputs_are_committed_and_clean(name: str):
     code = cells(read(name), "code")
     assert [(source(cell)[:60], faults) for cell in code if (faults := output_faults(cell))] == []
     kinds = {kind for cell in code for output in cell["outputs"] for kind in output.get("data", {})}
-    assert "image/png" in kinds, "no picture in any output: was the notebook executed?"
+    assert "image/png" in kinds, "no image in any output: was the notebook executed?"
     assert sum(bool(cell["outputs"]) for cell in code) >= len(code) / 2
 
 

@@ -27,17 +27,17 @@ COMMANDS = [line for _, block in BLOCKS for line in block.splitlines() if line.s
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with what the README supposes a reader to have: pictures, captions, a data set, a trained model."""
+    """A folder with what the README supposes a reader to have: images, captions, a data set, a trained model."""
     home = tmp_path_factory.mktemp("home")
     scenes = [scene(i) for i in range(24)]
 
-    def picture(path: str, i: int) -> str:
+    def image(path: str, i: int) -> str:
         (home / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(scenes[i], 64)).save(home / path)
         return Path(path).name
 
-    picture("photo.jpg", 0)
-    picture("holiday/one.jpg", 1)
+    image("photo.jpg", 0)
+    image("holiday/one.jpg", 1)
     with (home / "references.json").open("w") as file:
         json.dump({str(i): describe(scenes[i]) for i in range(4)}, file)
     for name, n in (("captions", 0), ("other-system", 1)):
@@ -47,8 +47,8 @@ def home(tmp_path_factory) -> Path:
     with (home / "my" / "captions.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["image", "caption"])
-        rows.writerows([picture(f"my/{i}.jpg", i), text] for i in range(24) for text in describe(scenes[i]))
-    names = [picture(f"data/flickr8k/images/{i}.jpg", i) for i in range(24)]
+        rows.writerows([image(f"my/{i}.jpg", i), text] for i in range(24) for text in describe(scenes[i]))
+    names = [image(f"data/flickr8k/images/{i}.jpg", i) for i in range(24)]
     lines = [f"{name}#{k}\t{t}" for i, name in enumerate(names) for k, t in enumerate(describe(scenes[i]))]
     (home / "data/flickr8k/Flickr8k.token.txt").write_text("\n".join(lines))
     for split, part in (("train", names[:16]), ("dev", names[16:20]), ("test", names[20:])):

@@ -111,7 +111,7 @@ def test_what_must_be_above_zero(name):
 def test_settings_that_contradict_each_other():
     with pytest.raises(UserError, match="the layers of the decoder attend are given; leave num_layers at 1"):
         Recipe(decoder="attend", num_layers=2)
-    with pytest.raises(UserError, match="squash keeps the whole picture and random_crop cuts it; turn one of them off"):
+    with pytest.raises(UserError, match="squash keeps the whole image and random_crop cuts it; turn one of them off"):
         Recipe(squash=True, random_crop=True)
 
 

@@ -38,11 +38,11 @@ def photographs() -> list[Card]:
 
 
 def said(captioner: Captioner, photographs: list[Card]) -> dict[str, str]:
-    """What a model says of five drawn pictures and of the photographs."""
+    """What a model says of five drawn images and of the photographs."""
     drawn = datasets.load("synthetic", split="test", n=5, size=224)
-    pictures = {f"drawn {i}": drawn.image(i) for i in range(5)}
-    pictures |= {card.title: card.image for card in photographs}
-    return {name: captioner.caption(picture)[0].text for name, picture in pictures.items()}
+    images = {f"drawn {i}": drawn.image(i) for i in range(5)}
+    images |= {card.title: card.image for card in photographs}
+    return {name: captioner.caption(image)[0].text for name, image in images.items()}
 
 
 def test_one_attends_and_one_is_the_classic(captioners):

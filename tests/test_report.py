@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from showtell import charts, report
-from showtell.charts import write_curve
+from showtell import figures, report
 from showtell.errors import UserError
+from showtell.figures import write_curve
 from showtell.report import (
     Bars,
     Card,
@@ -103,7 +103,7 @@ def every_section() -> list:
         drawing(), "a.png", "A red square.", ["a red square"], ["a", "red", "square", "."], [0.9] * 4, 0.5, True
     )
     return [
-        Gallery("Pictures", [card]),
+        Gallery("Images", [card]),
         Table("Scores", ["metric", "value"], [["BLEU-4", 16.6]]),
         Curve("Loss", {"train": [(1, 3.0), (2, 2.0)], "validation": [(1, 3.2), (2, 2.5)]}, "epoch", "loss"),
         Histogram("Lengths", [3, 4, 4, 5], "words"),
@@ -182,9 +182,9 @@ def test_a_page_without_anything_is_a_page(tmp_path):
     assert page.tags["section"] == 4
 
 
-def test_a_broken_picture_leaves_no_half_page(tmp_path):
+def test_a_broken_image_leaves_no_half_page(tmp_path):
     broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"not a picture")
+    broken.write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"broken\.jpg"):
         write_page(tmp_path / "out" / "page.html", "t", sections=[Gallery("g", [Card(broken, "b", "a cat")])])
     assert not list(tmp_path.glob("out/*"))
@@ -259,19 +259,19 @@ def test_badge_score_and_reasons():
     assert "data-score" not in unknown
 
 
-def picture_in(markup: str) -> tuple[str, Image.Image]:
+def image_in(markup: str) -> tuple[str, Image.Image]:
     kind, data = re.search(r'src="data:image/(\w+);base64,([^"]+)"', markup).groups()
     return kind, Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_a_picture_is_the_same_whatever_holds_it(tmp_path):
+def test_a_image_is_the_same_whatever_holds_it(tmp_path):
     pixels = drawing()
     Image.fromarray(pixels).save(tmp_path / "p.png")
     sources = [pixels, Image.fromarray(pixels), torch.from_numpy(pixels).permute(2, 0, 1), tmp_path / "p.png"]
-    pictures = [picture_in(Card(source, "p", "c").html()) for source in sources]
-    assert all(kind == "png" for kind, _ in pictures)  # a drawing is smaller so, and exact
-    for _, picture in pictures:
-        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), pixels)
+    images = [image_in(Card(source, "p", "c").html()) for source in sources]
+    assert all(kind == "png" for kind, _ in images)  # a drawing is smaller so, and exact
+    for _, image in images:
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
 def test_photographs_are_small_jpegs():
@@ -279,14 +279,14 @@ def test_photographs_are_small_jpegs():
 
     photograph = data.coffee()  # 400 x 600
     markup = Card(photograph, "coffee", "a cup").html(thumbnail=160)
-    kind, picture = picture_in(markup)
+    kind, image = image_in(markup)
     assert kind == "jpeg"
-    assert picture.size == (160, 107)
+    assert image.size == (160, 107)
     assert len(markup) < 16_000
-    error = np.asarray(picture, float).mean((0, 1)) - photograph.mean((0, 1))
+    error = np.asarray(image, float).mean((0, 1)) - photograph.mean((0, 1))
     assert abs(error).max() < 2
-    assert max(picture_in(Card(photograph, "coffee", "a cup").html(thumbnail=80))[1].size) == 80
-    assert picture_in(Card(drawing(size=64), "d", "c").html(thumbnail=160))[1].size == (64, 64)  # never enlarged
+    assert max(image_in(Card(photograph, "coffee", "a cup").html(thumbnail=80))[1].size) == 80
+    assert image_in(Card(drawing(size=64), "d", "c").html(thumbnail=160))[1].size == (64, 64)  # never enlarged
 
 
 def test_controls_appear_as_the_cards_allow():
@@ -399,17 +399,17 @@ def test_long_curves_are_thinned_and_keep_their_end():
     [(0, 3, [0, 1, 2, 3]), (0.2, 2.9, [0, 1, 2, 3]), (10, 52, [10, 20, 30, 40, 50, 60]), (0, 0.3, [0, 0.1, 0.2, 0.3])],
 )
 def test_axes_have_round_numbers(low, high, expected):
-    assert charts._ticks(low, high, outward=True) == pytest.approx(expected)
+    assert figures._ticks(low, high, outward=True) == pytest.approx(expected)
 
 
 def test_logarithmic_axes():
-    assert charts._log_ticks(12, 9000) == pytest.approx([10, 100, 1000, 10000])
-    assert charts._log_ticks(3, 40) == pytest.approx([2, 5, 10, 20, 50])
-    assert len(charts._log_ticks(1e-30, 1e30)) <= 8
+    assert figures._log_ticks(12, 9000) == pytest.approx([10, 100, 1000, 10000])
+    assert figures._log_ticks(3, 40) == pytest.approx([2, 5, 10, 20, 50])
+    assert len(figures._log_ticks(1e-30, 1e30)) <= 8
 
 
 def test_whole_axes_have_whole_numbers():
-    assert charts._ticks(1, 3, whole=True) == [1, 2, 3]
+    assert figures._ticks(1, 3, whole=True) == [1, 2, 3]
 
 
 def test_bars_come_largest_first_and_few():
@@ -427,17 +427,17 @@ def has_color(image: Image.Image, color: str) -> bool:
     return bool((np.asarray(image.convert("RGB")) == rgb).all(-1).any())
 
 
-def test_figure_shows_pictures_and_marks_the_wrong_ones(tmp_path):
+def test_figure_shows_images_and_marks_the_wrong_ones(tmp_path):
     cards = [Card(drawing((10, 200, 90)), str(i), "a green square", ["a green square"], ok=True) for i in range(5)]
     curve = Curve("Loss", {"train": [(1, 3.0), (2, 1.0)]}, "epoch", "loss")
     right = Image.open(write_figure(tmp_path / "a" / "right.png", cards, curve, "A title"))
     assert right.format == "PNG"
     assert has_color(right, "#0ac85a")
-    assert has_color(right, charts.TONES["s0"])
-    assert not has_color(right, charts.TONES["wrong"])
+    assert has_color(right, figures.TONES["s0"])
+    assert not has_color(right, figures.TONES["wrong"])
     wrong_card = Card(drawing(), "x", "a blue square", ["a red square"], ok=False, notes=["it is red"])
     wrong = Image.open(write_figure(tmp_path / "wrong.png", [*cards, wrong_card]))
-    assert has_color(wrong, charts.TONES["wrong"])
+    assert has_color(wrong, figures.TONES["wrong"])
     assert wrong.size[0] == right.size[0]
     assert wrong.size[1] < right.size[1]
 
@@ -453,8 +453,8 @@ def test_figure_of_odd_shapes_and_texts(tmp_path):
 @settings(deadline=None, max_examples=50)
 def test_wrapped_lines_fit(text):
     lines = report._wrapped(text, 120, 14, max_lines=100)
-    font = report.ImageFont.load_default(14 * charts.SCALE)
-    assert all(font.getlength(line) <= 120 * charts.SCALE for line in lines)
+    font = report.ImageFont.load_default(14 * figures.SCALE)
+    assert all(font.getlength(line) <= 120 * figures.SCALE for line in lines)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
 
 
@@ -463,14 +463,14 @@ def test_long_texts_are_clipped_and_accents_left_out():
     assert len(lines) == 4
     assert lines[0].startswith("cafe - cafe")
     assert lines[-1].endswith("...")
-    assert report.ImageFont.load_default(14 * charts.SCALE).getlength(lines[-1]) <= 120 * charts.SCALE
+    assert report.ImageFont.load_default(14 * figures.SCALE).getlength(lines[-1]) <= 120 * figures.SCALE
 
 
 def test_curve_png(tmp_path):
     series = {"train": [(1, 3.0), (2, 1.0)], "validation": [(1, 3.1), (2, 2.0)]}
     one = Image.open(write_curve(tmp_path / "one.png", series, "Loss"))
-    assert has_color(one, charts.TONES["s0"])
-    assert has_color(one, charts.TONES["s1"])
+    assert has_color(one, figures.TONES["s0"])
+    assert has_color(one, figures.TONES["s1"])
     two = Image.open(
         write_curve(tmp_path / "two.png", [Curve("Loss", series), Curve("Perplexity", series, log_y=True)])
     )
@@ -538,7 +538,7 @@ def some_cards() -> list[Card]:
 
 
 def test_search_in_a_browser(open_page):
-    page = open_page(Gallery("Pictures", some_cards()), *every_section()[1:])
+    page = open_page(Gallery("Images", some_cards()), *every_section()[1:])
     search, count = page.get_by_role("searchbox"), page.locator(".count")
     assert count.inner_text() == "4 of 4 shown"
     for query, expected in [
@@ -553,7 +553,7 @@ def test_search_in_a_browser(open_page):
 
 
 def test_sort_and_filter_in_a_browser_by_keyboard(open_page):
-    page = open_page(Gallery("Pictures", some_cards()))
+    page = open_page(Gallery("Images", some_cards()))
 
     def press(name):
         button = page.get_by_role("button", name=name)
@@ -580,7 +580,7 @@ def test_sort_and_filter_in_a_browser_by_keyboard(open_page):
 
 
 def test_probabilities_can_be_read_as_numbers(open_page):
-    page = open_page(Gallery("Pictures", some_cards()))
+    page = open_page(Gallery("Images", some_cards()))
     shown = "el => getComputedStyle(el, '::after').content"
     red = page.locator(".w", has_text="red")
     assert red.evaluate(shown) == "none"

@@ -53,7 +53,7 @@ def test_scenes_are_a_function_of_index_seed_and_split():
 
 
 def test_scene_zero_stays_what_it_was():
-    """A golden value: models and their scores depend on these pictures staying the same."""
+    """A golden value: models and their scores depend on these images staying the same."""
     assert [(t.kind, t.x, t.y, t.radius) for t in scene(0).things] == [
         (("small", "green", "star"), 0.7912, 0.4804, 0.0991),
         (("small", "green", "triangle"), 0.6223, 0.2146, 0.0949),
@@ -94,8 +94,8 @@ def test_nothing_touches_the_border_or_another_thing(split):
 
     for i in range(40):
         drawn = scene(i, split=split)
-        picture = draw(drawn, 96).astype(int)
-        ink = np.abs(picture - np.array(drawn.background)).sum(2) > 0
+        image = draw(drawn, 96).astype(int)
+        ink = np.abs(image - np.array(drawn.background)).sum(2) > 0
         assert not np.any([ink[0], ink[-1], ink[:, 0], ink[:, -1]])
         assert label(ink, np.ones((3, 3)))[1] == len(drawn.things)
 
@@ -112,19 +112,19 @@ def test_a_shape_covers_its_outline_in_its_color(shape):
 
     drawn = Scene((thing(f"large red {shape}"),), (0, 0, 0))
     for size in (64, 331):
-        picture = draw(drawn, size)
-        covered = picture[..., 0].sum() / COLORS["red"][0]
+        image = draw(drawn, size)
+        covered = image[..., 0].sum() / COLORS["red"][0]
         outline = _instance(drawn.things[0], size)
         tolerance = 0.02 if shape == "circle" else 0.01  # the circle's outline is a polygon of 24 corners
         assert covered == pytest.approx(outline["area"], rel=tolerance)
-        assert tuple(picture[size // 2, size // 2]) == COLORS["red"]
-        rows, columns = np.nonzero(picture[..., 0])
+        assert tuple(image[size // 2, size // 2]) == COLORS["red"]
+        rows, columns = np.nonzero(image[..., 0])
         x, y, width, height = outline["bbox"]
         assert (columns.min(), rows.min()) == pytest.approx((x, y), abs=2)
         assert (columns.max() + 1, rows.max() + 1) == pytest.approx((x + width, y + height), abs=2)
 
 
-def test_a_picture_is_the_same_at_any_resolution():
+def test_a_image_is_the_same_at_any_resolution():
     small, large = draw(SCENES[1], 64).astype(float), draw(SCENES[1], 256).astype(float)
     assert small.shape == (64, 64, 3)
     assert draw(SCENES[1], 64).dtype == np.uint8
@@ -133,7 +133,7 @@ def test_a_picture_is_the_same_at_any_resolution():
     assert np.abs(shrunk - small).mean() < 0.25
 
 
-def test_a_picture_too_small_to_see_shapes_is_refused():
+def test_a_image_too_small_to_see_shapes_is_refused():
     with pytest.raises(UserError, match="of 8 pixels is too small to show shapes; use 16 or more"):
         draw(SCENES[0], 8)
 
@@ -196,7 +196,7 @@ def test_true_and_complete_sentences(sentence):
         ("two red circles above a blue square", "is not above"),
         ("two red circles at the top and a blue square", "is not at the top"),
         ("two red circles and a blue square in the bottom right", "is not in the bottom right"),
-        ("two red circles and a blue square and a blue square", "names 3 groups and the picture has 2"),
+        ("two red circles and a blue square and a blue square", "names 3 groups and the image has 2"),
         ("a blue square and a blue square", 'there is no "a blue square"'),
         ("two red circle and a blue square", '"two red circle" does not agree in number'),
         ("a red circles and a blue square", "does not agree in number"),
@@ -264,7 +264,7 @@ def test_one_changed_word_makes_a_sentence_false(index, which, at, to):
     """Number, color, shape, size, place or relation: each alone is noticed."""
     drawn = scene(index, split="test")
     words = describe(drawn)[which].split()
-    spots = [i for i, word in enumerate(words) if word in swaps() and words[i : i + 2] != ["a", "picture"]]
+    spots = [i for i, word in enumerate(words) if word in swaps() and words[i : i + 2] != ["a", "image"]]
     spot = spots[at % len(spots)]
     others = swaps()[words[spot]]
     # "one" for "a" says the same; so does swapping two equal names, which one changed word cannot do.

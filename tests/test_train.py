@@ -23,7 +23,7 @@ from showtell.checkpoint import load_checkpoint, load_resume, read_header
 from showtell.data_loader import ImageBatchSampler
 from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS, IGNORE
-from showtell.decoding import Rules, greedy
+from showtell.decoding import DecodingOptions, greedy
 from showtell.errors import UserError
 from showtell.files import lock
 from showtell.model import caption_loss
@@ -428,12 +428,12 @@ def changed(captions: CaptionSet, change: str) -> CaptionSet:
     elif change == "the same words in another order":
         texts[3].reverse()
     indices = captions.indices
-    if change == "one picture fewer":
+    if change == "one image fewer":
         indices, texts = indices[1:], texts[1:]
     return SyntheticSet(captions.split, indices, 16, 0, texts)
 
 
-@pytest.mark.parametrize("change", ["a new word", "the same words in another order", "one picture fewer"])
+@pytest.mark.parametrize("change", ["a new word", "the same words in another order", "one image fewer"])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_changed_data_are_not_resumed(change, split, straight):
     sets = {"train": drawn(), "val": drawn(5, "val")}
@@ -461,37 +461,37 @@ def test_settings_that_cannot_be(settings, message):
         Run(**settings)
 
 
-# ---- Pictures that cannot be read --------------------------------------------------------------------------------
+# ---- Images that cannot be read --------------------------------------------------------------------------------
 
 
 def on_disk(folder: Path, captions: SyntheticSet, broken: tuple[int, ...] = ()) -> CaptionSet:
-    """The same pictures as files, some of them text."""
+    """The same images as files, some of them text."""
     folder.mkdir(exist_ok=True)
     names = [f"{i:03d}.png" for i in range(len(captions))]
     for i, name in enumerate(names):
         if i in broken:
-            (folder / name).write_text("no picture")
+            (folder / name).write_text("no image")
         else:
             Image.fromarray(captions.image(i).permute(1, 2, 0).numpy()).save(folder / name)
     return CaptionSet("folder", captions.split, list(range(len(captions))), captions.captions, names, folder)
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_broken_pictures_are_left_out_up_to_a_limit(tmp_path, no_curve):
+def test_broken_images_are_left_out_up_to_a_limit(tmp_path, no_curve):
     data = on_disk(tmp_path / "train", drawn(12), (0, 7)), on_disk(tmp_path / "val", drawn(5, "val"), (2,))
     trainer = trainer_in(tmp_path / "run", PLAIN.with_settings({"epochs": 1}), *data, max_broken=2)
     (record,) = trainer.fit(progress=False)
     assert math.isfinite(record["val_loss"])
     assert [Path(path).name for path in sorted(trainer.loader.broken)] == ["000.png", "007.png"]
     assert trainer.scored.max_broken == 2
-    with pytest.raises(UserError, match="2 pictures cannot be read, more than the 1 allowed") as error:
+    with pytest.raises(UserError, match="2 images cannot be read, more than the 1 allowed") as error:
         trainer_in(tmp_path / "other", PLAIN, *data, max_broken=1).fit(progress=False)
     assert "000.png" in str(error.value)
     assert "007.png" in str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:left out")
-def test_a_batch_without_a_readable_picture_is_not_counted_twice_when_resuming(tmp_path, no_curve):
+def test_a_batch_without_a_readable_image_is_not_counted_twice_when_resuming(tmp_path, no_curve):
     recipe = SMALL.with_settings({"batch_size": 1})
     second = list(ImageBatchSampler(6, 1))[1][0]
     data = on_disk(tmp_path / "train", drawn(6), (second,)), drawn(5, "val")
@@ -582,7 +582,7 @@ def test_an_unknown_layer_is_named(tmp_path):
         ("show-tell", "layer3,layer4", False),
     ],
 )
-def test_training_from_the_cache_equals_training_from_pictures(decoder, fine_tune, flip, tmp_path, no_files):
+def test_training_from_the_cache_equals_training_from_images(decoder, fine_tune, flip, tmp_path, no_files):
     recipe = RESNET.with_settings({"decoder": decoder, "dropout": 0.3, "resize": 64, "crop": 64, "lr": 5e-3})
     recipe = recipe.with_settings({"fine_tune": fine_tune, "backbone_lr": 1e-3, "flip": flip})
     data = drawn(12), drawn(3, "val")
@@ -591,11 +591,11 @@ def test_training_from_the_cache_equals_training_from_pictures(decoder, fine_tun
     (from_cache,) = cached.fit(progress=False)
     fresh = trainer_in(tmp_path / "fresh", recipe, *data)
     assert fresh.loader.dataset.cache is None
-    (from_pictures,) = fresh.fit(progress=False)
+    (from_images,) = fresh.fit(progress=False)
     assert len(losses(tmp_path / "cached")) == len(cached.loader)
     close = 1e-3 if fine_tune else 1e-4  # the cache's half precision, which layers that train carry on
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fresh"), rel=close)
-    assert from_cache["val_loss"] == pytest.approx(from_pictures["val_loss"], rel=close)
+    assert from_cache["val_loss"] == pytest.approx(from_images["val_loss"], rel=close)
 
 
 def test_a_run_from_the_cache_is_resumed_bit_for_bit_and_computes_nothing_again(tmp_path, no_curve):
@@ -876,7 +876,7 @@ def test_the_scores_are_those_of_the_saved_models_captions(tmp_path, no_curve):
     trainer = trainer_in(tmp_path, PLAIN.with_settings({"lr": 5e-3}))
     record = trainer.fit(progress=False)[-1]
     saved, data = load_checkpoint(tmp_path / "last.safetensors"), drawn(5, "val")
-    rules = Rules.of(saved.vocab, length_penalty=PLAIN.length_penalty, max_len=PLAIN.max_len)
+    rules = DecodingOptions.of(saved.vocab, length_penalty=PLAIN.length_penalty, max_len=PLAIN.max_len)
     captions, nll, words = {}, 0.0, 0
     with torch.no_grad():
         for i, name in enumerate(data.image_ids):
@@ -904,7 +904,7 @@ def test_subset_and_validation_images(tmp_path):
         dict.fromkeys(word for text in expected.all_captions() for word in trainer.vocab.tokenize(text))
     )
     assert len(trainer.scored.dataset) == 3
-    assert len(trainer.val_loader.dataset.captions) == 5
+    assert len(trainer.val_loader.dataset.caption_set) == 5
     assert len(trainer_in(tmp_path, val_images=0).scored.dataset) == 5
 
 
@@ -1009,15 +1009,15 @@ one large red triangle and one small red star""".split("\n")
 
 
 class Blocks(CaptionSet):
-    """Eight pictures of coloured blocks, each with its caption, over and over."""
+    """Eight images of coloured blocks, each with its caption, over and over."""
 
     def __init__(self, times: int) -> None:
         colors = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-        self.pictures = colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        self.images = colors.repeat_interleave(8, 2).repeat_interleave(8, 3)
         super().__init__("blocks", "train", list(range(8 * times)), times * [[text] for text in PAIRS], [])
 
     def image(self, i: int) -> torch.Tensor:
-        return self.pictures[i % 8]
+        return self.images[i % 8]
 
     def path(self, i: int) -> None:
         """None: they are in memory."""

@@ -1,4 +1,4 @@
-"""Every kind of picture becomes the right RGB, every broken one a sentence; a transform is a function of its key."""
+"""Every kind of image becomes the right RGB, every broken one a sentence; a transform is a function of its key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from showtell.transforms import (
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
-    """A picture whose corners all differ: red grows to the right, green downwards, blue is constant."""
+    """An image whose corners all differ: red grows to the right, green downwards, blue is constant."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([columns * 255 // (width - 1), rows * 255 // (height - 1), np.full_like(rows, 90)], -1).astype(
         np.uint8
@@ -56,14 +56,14 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
 def test_a_lossless_file_is_read_exactly(kind, tmp_path):
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(encoded(Image.fromarray(gradient()), kind))
     assert np.array_equal(to_hwc(read_image(path)), gradient())
     assert np.array_equal(to_hwc(read_image(str(path))), gradient())
     assert np.array_equal(to_hwc(read_image(path.read_bytes())), gradient())
 
 
-def test_grey_one_bit_and_palette_pictures():
+def test_grey_one_bit_and_palette_images():
     expected = np.stack([grey()] * 3, -1)
     assert np.array_equal(to_hwc(read_image(encoded(Image.fromarray(grey()), "PNG"))), expected)
     bits = Image.fromarray(grey()).point(lambda v: 255 * (v > 127)).convert("1")
@@ -114,18 +114,18 @@ def test_sixteen_bits_are_scaled_by_their_range(kind):
     read = to_hwc(read_image(encoded(Image.fromarray(deep), kind)))
     assert np.abs(read - expected[..., None]).max() <= 0.51
     assert read[-1, -1].tolist() == [255, 255, 255]
-    dark = (deep // 400).astype(np.uint16)  # dark stays dark: the range is the type's, not the picture's
+    dark = (deep // 400).astype(np.uint16)  # dark stays dark: the range is the type's, not the image's
     assert to_hwc(read_image(encoded(Image.fromarray(dark), kind))).max() <= 1
 
 
-def test_thirty_two_bit_and_float_pictures():
+def test_thirty_two_bit_and_float_images():
     deep = np.array([[0, 32768, 65535]], np.int32)
     assert to_hwc(read_image(encoded(Image.fromarray(deep), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
     real = np.array([[0.0, 0.5, 1.0]], np.float32)
     assert to_hwc(read_image(encoded(Image.fromarray(real), "TIFF")))[0, :, 0].tolist() == [0, 128, 255]
 
 
-ORIENTED = {  # EXIF orientation -> how the stored pixels were turned away from the upright picture
+ORIENTED = {  # EXIF orientation -> how the stored pixels were turned away from the upright image
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -195,16 +195,16 @@ def test_arrays_tensors_and_pil_images():
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (torch.zeros(3, 4, 4), r"a tensor of torch.float32 and shape \(3, 4, 4\) is not a picture; give uint8"),
-        (torch.zeros(4, 4, dtype=torch.uint8), r"shape \(4, 4\) is not a picture"),
-        (np.zeros((4, 4, 2), np.uint8), r"an array of shape \(4, 4, 2\) is not a picture"),
-        (np.zeros((0, 4), np.uint8), r"shape \(0, 4\) is not a picture"),
-        (np.zeros((4, 4), np.int64), "an array of int64 is not a picture; give uint8, uint16, or floats"),
-        (np.zeros((4, 4), complex), "an array of complex128 is not a picture"),
-        (17, "a int is not a picture; give a path"),
+        (torch.zeros(3, 4, 4), r"a tensor of torch.float32 and shape \(3, 4, 4\) is not an image; give uint8"),
+        (torch.zeros(4, 4, dtype=torch.uint8), r"shape \(4, 4\) is not an image"),
+        (np.zeros((4, 4, 2), np.uint8), r"an array of shape \(4, 4, 2\) is not an image"),
+        (np.zeros((0, 4), np.uint8), r"shape \(0, 4\) is not an image"),
+        (np.zeros((4, 4), np.int64), "an array of int64 is not an image; give uint8, uint16, or floats"),
+        (np.zeros((4, 4), complex), "an array of complex128 is not an image"),
+        (17, "a int is not an image; give a path"),
     ],
 )
-def test_what_is_no_picture_at_all(source, sentence):
+def test_what_is_no_image_at_all(source, sentence):
     with pytest.raises(UserError, match=sentence):
         read_image(source)
 
@@ -226,7 +226,7 @@ def broken_files(folder) -> dict[str, str]:
         "cut.jpg": "it is damaged or cut short (",
         "cut.png": "it is damaged or cut short (",
         "header.jpg": "it is damaged or cut short (",
-        "bytes.jpg": "it is not a picture of a known format",
+        "bytes.jpg": "it is not an image of a known format",
         "folder.jpg": "it is a folder",
     }
 
@@ -243,14 +243,14 @@ def test_a_broken_file_is_named_with_its_reason_in_one_sentence(tmp_path):
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
-    with pytest.raises(MissingFileError, match=r"there is no picture .*gone\.jpg; check its name and folder"):
+    with pytest.raises(MissingFileError, match=r"there is no image .*gone\.jpg; check its name and folder"):
         read_image(tmp_path / "gone.jpg")
     with pytest.raises(MissingFileError):
         frames(tmp_path / "gone.jpg")
 
 
 def huge_png() -> bytes:
-    """The header of a 30,000 x 30,000 picture: reading more of it would fail for want of data."""
+    """The header of a 30,000 x 30,000 image: reading more of it would fail for want of data."""
     import struct
     import zlib
 
@@ -260,14 +260,14 @@ def huge_png() -> bytes:
 
 
 @pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])
-def test_a_huge_picture_is_refused_from_its_header(pillow_limit, monkeypatch):
+def test_a_huge_image_is_refused_from_its_header(pillow_limit, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
     with pytest.raises(BrokenImageError, match="more than 179 million pixels; make a smaller copy first"):
         read_image(huge_png())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on what it finds
-def test_a_picture_cut_anywhere_is_read_or_refused():
+def test_a_image_cut_anywhere_is_read_or_refused():
     """No prefix of a file gets another exception than ours."""
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
         data = encoded(Image.fromarray(gradient()), kind)
@@ -316,7 +316,7 @@ def test_a_transform_reads_files(tmp_path):
     assert torch.equal(TINY(tmp_path / "photo.png"), TINY(gradient(64, 64)))
 
 
-def test_squashing_keeps_the_whole_picture_and_cropping_the_middle():
+def test_squashing_keeps_the_whole_image_and_cropping_the_middle():
     image = torch.zeros(3, 100, 300, dtype=torch.uint8)
     image[:, :, :60] = 255
     plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -337,7 +337,7 @@ def test_augmentation_is_a_function_of_its_key():
     assert torch.equal(before, torch.random.get_rng_state())
 
 
-def test_crops_reach_every_place_and_flips_half_the_pictures():
+def test_crops_reach_every_place_and_flips_half_the_images():
     image = torch.arange(100, dtype=torch.uint8).view(1, 10, 10)
     plain = {"resize": None, "mean": (0, 0, 0), "std": (1, 1, 1)}
     cropper = Transform(crop=8, random_crop=True, **plain)
@@ -404,7 +404,7 @@ def test_contradicting_or_unknown_values(values, sentence):
 
 
 def test_a_line_of_pixels_is_not_blown_up_to_gigabytes():
-    with pytest.raises(BrokenImageError, match="a picture of 9000 x 1 pixels is too long and thin; crop it first"):
+    with pytest.raises(BrokenImageError, match="an image of 9000 x 1 pixels is too long and thin; crop it first"):
         IMAGENET(torch.zeros(3, 1, 9000, dtype=torch.uint8))
 
 

@@ -130,7 +130,7 @@ A photo from 12/25/2013 of a tree with 100 lights.
 A Christmas tree photographed on 12-25-2013 at 10:15am.
 A 1950s style tree in a room from the '50s
 The tree of 2013 is 2.5 times as tall as the one of 1990.
-A picture taken in the 1990s, probably 1995/96
+An image taken in the 1990s, probably 1995/96
 
 Call 555-0123 for a ride, says the sign on the 4x4.
 A 4x4 truck with a phone number, 555-0123, on its door.
@@ -254,13 +254,13 @@ The man &amp; his basket are at the market.
 
 A foo.jpg label is printed on the bottom of photo_12.png.
 A photo with its file name, IMG_0042.jpg, printed on it.
-The picture named my-cat.png shows a cat
+The image named my-cat.png shows a cat
 A file called notes.txt, version 2.0, on a screen
 A computer screen with a C++ program, a C# book and vim.
 
 A
 A white page.
-A completely white picture with nothing on it.
+A completely white image with nothing on it.
 An empty page
 
 A kite flies over a field with people watching

@@ -1,0 +1,121 @@
+"""Stream images to an encoder: each read once, decoded once and transformed once, in threads, ahead of the network.
+
+    for batch in stream_images(paths, transform, batch_size=32, workers=2):
+        images = torch.stack([image.pixels for image in batch if image.error is None])
+
+Captioning, the feature cache and evaluation all read their images here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from showtell.errors import MissingFileError
+from showtell.transforms import BrokenImageError, Source, Transform, decode_image, read_bytes
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of last change in nanoseconds
+
+
+class LoadedImage(NamedTuple):
+    """An image ready for the network, or the error that explains why it is not.
+
+    Attributes:
+        index: its position among the sources.
+        pixels: `(3, S, S)` float32, transformed; None where there is an error.
+        error: why it could not be read.
+        digest: of the file's bytes, or of the pixels of an image that is not a file.
+        stamp: of its file, taken before the file was read.
+    """
+
+    index: int
+    pixels: Tensor | None = None
+    error: BrokenImageError | MissingFileError | None = None
+    digest: str = ""
+    stamp: Stamp | None = None
+
+
+def stream_images(
+    sources: Sequence[Source | Callable[[], Tensor]], transform: Transform, batch_size: int = 32, workers: int = 2
+) -> Iterator[list[LoadedImage]]:
+    """Read images in order and yield them in batches, at most a batch ahead of the caller.
+
+    Args:
+        sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor.
+        transform: turns an image into the network's input.
+        batch_size: images a batch; the last batch may be smaller.
+        workers: threads that read.
+    """
+
+    def load(numbered: tuple[int, Source | Callable[[], Tensor]]) -> LoadedImage:
+        index, source = numbered
+        try:
+            if isinstance(source, (str, os.PathLike)):
+                stamp = file_stamp(source)  # before reading: a file that changes meanwhile then counts as unknown
+                path, data = read_bytes(source)
+                return LoadedImage(index, transform(decode_image(data, path)), None, digest_of(data), stamp)
+            image = source() if callable(source) else source
+            digest = digest_of_pixels(image) if isinstance(image, Tensor) else ""
+            return LoadedImage(index, transform(image), None, digest)
+        except (BrokenImageError, MissingFileError) as error:
+            return LoadedImage(index, error=error)
+
+    batch: list[LoadedImage] = []
+    for image in map_ahead(load, enumerate(sources), max(1, workers), batch_size + workers):
+        batch.append(image)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def file_stamp(path: str | os.PathLike) -> Stamp | None:
+    """What identifies a file without reading it; None where there is none (reading it will say why)."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def digest_of(data: bytes) -> str:
+    """32 characters that identify a file's contents."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_of_pixels(image: Tensor) -> str:
+    """32 characters that identify an image that is not a file."""
+    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
+    digest.update(image.reshape(-1).numpy())
+    return digest.hexdigest()
+
+
+def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
+    """`map` in threads, in order, at most `ahead` results early.
+
+    Threads, because decoding and resizing release Python's lock, and because a thread ends with its process: a killed
+    run leaves no worker behind.
+    """
+    n_threads = torch.get_num_threads()
+    # One image is too small to split: on a busy machine, several threads on one image mostly wait for each other.
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: deque = deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(n_threads)  # for threads that start later
