@@ -22,12 +22,11 @@ from torch import Tensor
 from showtell.checkpoint import Checkpoint, load_checkpoint
 from showtell.decoding import DecodingOptions, Hypothesis, beam_search, sample
 from showtell.errors import MissingFileError, UserError
-from showtell.transforms import BrokenImageError, Source, read_image
+from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source, read_image
 from showtell.vocabulary import Vocabulary, spell_words
 
 RELEASED = "showtell-attend"  # what `load()` opens when nothing is named
 MODELS = Path(__file__).resolve().parent.parent / "models"
-IMAGE_SUFFIXES = frozenset(".jpg .jpeg .png .gif .bmp .webp .tif .tiff .ppm .pgm .jp2 .avif".split())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from showtell.datasets import CaptionSet
 from showtell.decoders import IGNORE
 from showtell.errors import UserError
 from showtell.features import FeatureCache
-from showtell.transforms import BrokenImageError, MissingFileError, Transform
+from showtell.transforms import BrokenImageError, MissingFileError, Transform, mirror_caption
 from showtell.vocabulary import END, START, UNK, Vocabulary
 
 GROUPS = ("length", "image")
@@ -83,7 +83,7 @@ class CaptionDataset(Dataset):
         self.captions_per_image = captions_per_image if mode == "train" else 0
         self.rows = None if cache is None else cache.rows(captions)
         self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(captions)
-        self._mirror_word = {vocab(a): vocab(b) for a, b in (("left", "right"), ("right", "left")) if a in vocab}
+        self._mirror_word = {i: vocab(m) for word, i in vocab.word2idx.items() if (m := mirror_caption(word)) != word}
         encoded = [vocab.encode(text) for texts in captions.captions for text in texts]
         self._ids = np.fromiter((i for ids in encoded for i in ids), np.int32)
         self._ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Reading any image as RGB, and the plain specification of how an image becomes a network's input.
+"""Read any image as RGB, and specify how an image becomes a network's input.
 
-`read_image` turns a file of whatever kind into (3, H, W) uint8; a `Transform` turns that into (3, S, S) float32. A
-`Transform` is data: it is saved in checkpoints, it fingerprints the feature cache, and its augmentation is a function
-of (seed, epoch, sample) alone, so that workers and resuming change nothing.
+`read_image` turns any image file into (3, H, W) uint8; a `Transform` turns that into (3, S, S) float32. A `Transform`
+is data: it is saved in checkpoints, it fingerprints the feature cache, and its augmentation is a function of (seed,
+epoch, sample) alone, so workers and resuming change nothing. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,21 +20,31 @@ from random import Random
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
-import torch
 
 from showtell.errors import MissingFileError, UserError
+from showtell.files import require_regular_file
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
 
-Source = Union[str, os.PathLike, bytes, "Image.Image", np.ndarray, torch.Tensor]
+Source = Union[str, os.PathLike, bytes, "Image.Image", np.ndarray, "torch.Tensor"]
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit: above it, the header alone decides and nothing is decoded
+# The formats that are opened, by Pillow's names, and their suffixes in folders. JPEG includes MPO, the JPEGs of phones.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm"), "JPEG2000": (".jp2",), "AVIF": (".avif",),
+}  # fmt: skip
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+_ADVICE = "give a JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF file"
+_OTHERS = {b"%PDF": "it is a PDF", b"%!PS": "it is PostScript", b"\xc5\xd0\xd3\xc6": "it is PostScript"}
+MAX_PIXELS = 178_956_970  # Pillow's own limit, compared with the header before anything is decoded
+MAX_BYTES = 2**32  # of a file: no image of MAX_PIXELS is larger
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BrokenImageError(UserError):
-    """An image that is there and cannot be read.
+    """An image that exists but cannot be read.
 
     `path` is the file (None for bytes or an array) and `reason` the part of the message that says why. Both survive
     pickling, so that loader workers can report them.
@@ -45,11 +55,11 @@ class BrokenImageError(UserError):
 
 
 def read_image(source: Source) -> torch.Tensor:
-    """Reads an image as RGB, (3, H, W) uint8, upright, whatever its file holds.
+    """Read an image as RGB, (3, H, W) uint8, upright, whatever its file holds.
 
     Grey, palette, CMYK and 16-bit images become 8-bit RGB (16 bits by range: 65535 is white); transparency is laid on
-    white; EXIF rotation is applied; of an animation the first frame is taken (`frames` tells how many there are).
-    Colour profiles are not applied. JPEGs take torchvision's decoder, whose pixels equal Pillow's.
+    white; EXIF rotation is applied; the first frame of an animation is taken (`frames` counts them). Colour profiles
+    are not applied. JPEGs are decoded by torchvision, whose pixels equal Pillow's.
 
     Args:
         source: A path, a file's bytes, a PIL image, an array (H, W) or (H, W, 1|3|4) of uint8, uint16, bool or floats
@@ -57,8 +67,10 @@ def read_image(source: Source) -> torch.Tensor:
 
     Raises:
         MissingFileError: there is no such file.
-        BrokenImageError: the file is a folder, is empty, is no image, is damaged, or has over `MAX_PIXELS` pixels.
+        BrokenImageError: the file is a folder, a pipe or a device, is empty, is no image of the `FORMATS`, is damaged,
+            or has over `MAX_PIXELS` pixels.
     """
+    import torch
     from PIL import Image
 
     if isinstance(source, torch.Tensor):
@@ -71,30 +83,56 @@ def read_image(source: Source) -> torch.Tensor:
     if isinstance(source, np.ndarray):
         return _to_rgb(Image.fromarray(_as_uint8(source)))
     if isinstance(source, Image.Image):
-        path = getattr(source, "filename", None) or None
-        return _guarded(path, lambda: _to_rgb(source))
-    path, data = (None, bytes(source)) if isinstance(source, (bytes, bytearray, memoryview)) else read_bytes(source)
+        return _guarded(getattr(source, "filename", None) or None, lambda: _to_rgb(source))
+    path, data = read_bytes(source)
     return decode_image(data, path)
 
 
+def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
+    """Return an image file's path as text and its bytes, which `decode_image` decodes; bytes have no path.
+
+    Raises:
+        MissingFileError: there is no such file.
+        BrokenImageError: it is a folder, a pipe or a device, is too large, or cannot be read.
+    """
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return None, bytes(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array")
+    path = os.fspath(source)
+    if os.path.isdir(path):
+        raise _broken(path, "it is a folder", "name an image in it")
+    try:
+        require_regular_file(path, "image", "check its name and folder")
+        if os.path.getsize(path) > MAX_BYTES:
+            raise _broken(path, f"it has more than {MAX_BYTES:,} bytes", "make a smaller copy first")
+        return path, Path(path).read_bytes()
+    except (MissingFileError, BrokenImageError):
+        raise
+    except UserError:
+        raise _broken(path, "it is no regular file (a pipe, a socket or a device)") from None
+    except OSError as error:
+        raise _broken(path, error.strerror or str(error), "make it readable first") from None
+
+
 def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
-    """Decodes a file's bytes as `read_image` does; `path` is for the error message alone."""
-    if not data:
-        raise _broken(path, "it is empty (0 bytes)")
-    with _open(path, data) as image:
-        # Modes other than these two mean conversions that are Pillow's to make.
+    """Decode a file's bytes as `read_image` does; `path` is for the error message alone."""
+    with _open(data, path) as image:
+        # Pillow makes the conversions that other modes need.
         if image.format == "JPEG" and image.mode in ("RGB", "L") and (decode := _jpeg_decoder()):
+            import torch
+
             try:
                 return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, True)
             except RuntimeError:
-                pass  # Pillow reads some files that this decoder refuses, and says better what is wrong with the rest
+                pass  # Pillow reads some files that this decoder refuses, and explains better what is wrong with others
         return _guarded(path, lambda: _to_rgb(image))
 
 
 def frames(source: str | os.PathLike | bytes) -> int:
-    """How many frames (or pages) an image has; captions are written for the first. Raises as `read_image` does."""
-    path, data = (None, source) if isinstance(source, bytes) else read_bytes(source)
-    with _open(path, data) as image:
+    """Return the number of frames or pages of an image; the first is captioned. Raises as `read_image` does."""
+    path, data = read_bytes(source)
+    with _open(data, path) as image:
         return _guarded(path, lambda: getattr(image, "n_frames", 1))
 
 
@@ -102,17 +140,17 @@ def frames(source: str | os.PathLike | bytes) -> int:
 class Transform:
     """How an image becomes a network's input: resize, crop, flip, normalise.
 
-    A `flip` makes every "left" and "right" of a caption a lie: the loader swaps the two words in the captions of a
-    image that it mirrors, and `mirror_caption` swaps them in a text.
+    With `flip`, "left" and "right" change their meaning: the loader applies `mirror_caption` to the captions of the
+    images that it mirrors.
 
     Args:
-        resize: An int makes the shorter side that long; a pair (S, S) squashes the whole image; None leaves it.
-        crop: The side of the square that is cut out; None cuts nothing. A smaller image is enlarged to it first.
-        random_crop: While training, the square is anywhere; else, and always at evaluation, in the middle.
-        flip: While training, half of the images are mirrored.
-        mean: What is subtracted from each channel's values from 0 to 1.
-        std: What each channel is then divided by.
-        mirror: Every image is mirrored, in evaluation too: a flip from cached features needs both.
+        resize: An int resizes the shorter side to it; a pair (S, S) squashes the whole image; None does not resize.
+        crop: The side of the square crop; None crops nothing. A smaller image is first enlarged to it.
+        random_crop: In training, crop at a random position; otherwise, and always in evaluation, in the middle.
+        flip: In training, mirror half of the images.
+        mean: Subtracted from each channel, whose values are from 0 to 1.
+        std: Divides each channel after that.
+        mirror: Mirror every image, in evaluation too, for a feature cache of the mirror images.
 
     Raises:
         UserError: the sizes contradict each other.
@@ -146,12 +184,13 @@ class Transform:
             raise UserError(f"mean={self.mean!r} and std={self.std!r} must be three numbers each, std above 0")
 
     def __call__(self, image: Source, key: tuple | None = None) -> torch.Tensor:
-        """Transforms one image to (3, S, S) float32.
+        """Transform one image to (3, S, S) float32.
 
         Args:
             image: (3, H, W) uint8, or anything `read_image` reads.
-            key: (seed, epoch, sample) decides the crop and the flip; None crops the middle and flips nothing.
+            key: (seed, epoch, sample) determines the crop and the flip; None crops the middle and does not flip.
         """
+        import torch
         from torchvision.transforms.v2 import functional as F
 
         image = read_image(image)
@@ -176,20 +215,20 @@ class Transform:
         return (image / 255).sub_(mean).div_(std)
 
     def flips(self, key: tuple | None) -> bool:
-        """Whether the image of this key is mirrored."""
+        """Return whether the image of this key is mirrored."""
         return self.flip and key is not None and Random(repr(("flip", *key))).random() < 0.5
 
     @property
     def size(self) -> int | None:
-        """The side S of what comes out; None if it keeps the image's proportions."""
+        """The side S of the output; None if it keeps the image's proportions."""
         return self.crop or (self.resize[0] if isinstance(self.resize, tuple) else None)
 
     def evaluation(self) -> Transform:
-        """The same without chance: the middle crop and no flip."""
+        """Return the same transform without augmentation: the middle crop and no flip."""
         return replace(self, random_crop=False, flip=False)
 
     def to_dict(self) -> dict:
-        """Plain values for JSON; `from_dict` reads them."""
+        """Return plain values for JSON; `from_dict` reads them."""
         values = json.loads(json.dumps(asdict(self)))
         if not self.mirror:  # older checkpoints and feature caches do not have it
             del values["mirror"]
@@ -197,7 +236,7 @@ class Transform:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> Transform:
-        """Reads `to_dict`'s values.
+        """Make a transform from `to_dict`'s values.
 
         Raises:
             UserError: there is a key that no transform of this version has.
@@ -208,7 +247,7 @@ class Transform:
         return cls(**values)
 
     def fingerprint(self) -> str:
-        """16 characters that differ exactly when the specification does: part of a feature cache's key."""
+        """Return 16 characters that identify the specification, as part of a feature cache's key."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -218,77 +257,75 @@ SQUASHED = Transform(resize=(224, 224))
 TINY = Transform(resize=(64, 64))
 
 
+_SIDE = re.compile(r"\b(left|right)(?=(?:most|wards?|hand(?:ed)?)?\b)(?!-(?:angle|of-way|over))", re.IGNORECASE)
+_OPPOSITE = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left", "Right": "Left", "RIGHT": "LEFT"}
+
+
 def mirror_caption(text: str) -> str:
-    """Swaps the words left and right, so that a caption of an image holds for its mirror image."""
-    swapped = {"left": "right", "right": "left", "Left": "Right", "Right": "Left", "LEFT": "RIGHT", "RIGHT": "LEFT"}
-    return re.sub(r"\b(left|right)\b", lambda match: swapped.get(match[0], match[0]), text, flags=re.IGNORECASE)
+    """Swap left and right in a text or a word, so that a caption of an image holds for its mirror image.
+
+    The words may be part of a compound, as in "right-handed", "upper-left", "leftmost" and "leftward".
+    """
+    return _SIDE.sub(lambda match: _OPPOSITE.get(match[0], match[0]), text)
 
 
-def _broken(path: str | None, reason: str, advice: str = "give a JPEG, PNG, GIF, WebP, BMP or TIFF file") -> UserError:
-    error = BrokenImageError(f"{path or 'the image'} cannot be read: {reason}; {advice}")
+def _broken(path: str | None, reason: str, advice: str = "") -> BrokenImageError:
+    error = BrokenImageError(f"{path or 'the image'} cannot be read: {reason}; {advice or _ADVICE}")
     error.path, error.reason = path, reason
     return error
 
 
-def read_bytes(source: str | os.PathLike) -> tuple[str, bytes]:
-    """Reads an image file's bytes, which `decode_image` decodes; returns its path as text beside them.
+@cache
+def _formats() -> list[str]:
+    """Return those of `FORMATS` that the installed Pillow has."""
+    from PIL import Image
 
-    Raises:
-        MissingFileError: there is no such file.
-        BrokenImageError: it is a folder, a pipe or a device, or it cannot be read.
-    """
-    if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array")
-    path = os.fspath(source)
-    try:
-        return path, Path(path).read_bytes()
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no image {path}; check its name and folder") from None
-    except IsADirectoryError:
-        raise _broken(path, "it is a folder", "name an image in it") from None
-    except OSError as error:
-        raise _broken(path, error.strerror or str(error), "make it readable first") from None
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
-def _open(path: str | None, data: bytes) -> Image.Image:
-    """Reads the header alone."""
+def _open(data: bytes, path: str | None) -> Image.Image:
+    """Read the header alone."""
     from PIL import Image, UnidentifiedImageError
 
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
-        raise _broken(path, "it holds text" if text else "it is not an image of a known format") from None
-    except Image.DecompressionBombError:
-        raise _too_large(path) from None
-    except Exception as error:
-        raise _damaged(path, error) from error
-    if image.width * image.height > MAX_PIXELS:  # for programs that switch Pillow's own limit off
-        raise _too_large(path)
-    return image
+    def header() -> Image.Image:
+        try:
+            # No other formats: Pillow would start Ghostscript for PostScript, whatever the name of the file.
+            image = Image.open(io.BytesIO(data), formats=_formats())
+        except UnidentifiedImageError:
+            text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
+            reason = "it holds text" if text else "it is not an image of a known format"
+            reason = next((other for start, other in _OTHERS.items() if data.startswith(start)), reason)
+            raise _broken(path, reason) from None
+        if image.width * image.height > MAX_PIXELS:  # for programs that switch Pillow's own limit off
+            raise Image.DecompressionBombError
+        return image
+
+    if not data:
+        raise _broken(path, "it is empty (0 bytes)")
+    return _guarded(path, header)
 
 
 def _guarded(path: str | None, decode):
+    from PIL import Image
+
     try:
         return decode()
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        reason = f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels"
+        raise _broken(path, reason, "make a smaller copy first") from None
     except Exception as error:  # decoders fed a damaged file raise nearly anything
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: str | None, error: Exception) -> UserError:
-    return _broken(path, f"it is damaged or cut short ({str(error).rstrip('.') or type(error).__name__})")
-
-
-def _too_large(path: str | None) -> UserError:
-    return _broken(path, f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels", "make a smaller copy first")
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise _broken(path, f"it is damaged or cut short ({reason})") from error
 
 
 @cache
 def _jpeg_decoder():
-    """torchvision's compiled JPEG decoder, or None; called without its Python wrapper, which warns at every call."""
+    """Return torchvision's compiled JPEG decoder, or None; its Python wrapper warns at every call."""
     try:
+        import torch
         import torchvision.io  # noqa: F401  it registers the operator
 
         return torch.ops.image.decode_jpeg
@@ -297,23 +334,21 @@ def _jpeg_decoder():
 
 
 def _to_rgb(image: Image.Image) -> torch.Tensor:
+    import torch
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_as_uint8(np.asarray(image)))
-    elif image.mode != "RGB" or "transparency" in image.info:
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        image = image.convert("RGB")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     array = np.array(image.convert("RGB"))
     return torch.from_numpy(array).permute(2, 0, 1)  # in memory channels last, as the JPEG decoder's: resizing likes it
 
 
 def _as_uint8(array: np.ndarray) -> np.ndarray:
-    """An array as Pillow takes it, its values brought to 0 to 255 by the range that their type means."""
+    """Scale an array to uint8 by the range of its type, and give it a shape that Pillow takes."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if not array.size or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):

@@ -62,12 +62,14 @@ def as_bytes(batches) -> list[tuple]:
     return [(images.numpy().tobytes(), captions.tolist()) for images, captions in batches]
 
 
-def test_a_mirrored_image_swaps_left_and_right_in_its_captions():
+@pytest.mark.parametrize("tokenizer", ["treebank", "ptb"])
+def test_a_mirrored_image_swaps_left_and_right_in_its_captions(tokenizer):
+    """In compounds too, which are one token of these tokenisers."""
     one = datasets.load("synthetic", n=1)
-    texts = ["a dog left of a cat", "the right hand"]
+    texts = ["a dog left of a cat", "the right hand of a left-handed or right-handed man"]
     captions = CaptionSet("folder", "train", ["0"] * 40, [texts] * 40, ["0"] * 40, ".")
     captions.image = lambda i: one.image(0)
-    vocab = Vocabulary.build(texts, 1)
+    vocab = Vocabulary.build(texts, 1, tokenizer)
     samples = CaptionDataset(captions, vocab, Transform(resize=(32, 32), flip=True), group="image")
     plain = samples.transform.evaluation()(one.image(0))
     seen = set()
@@ -75,7 +77,8 @@ def test_a_mirrored_image_swaps_left_and_right_in_its_captions():
         mirrored = not torch.equal(image, plain)
         assert torch.equal(image, plain.flip(-1) if mirrored else plain)
         assert vocab.decode(first) == ("A dog right of a cat" if mirrored else "A dog left of a cat")
-        assert vocab.decode(second) == ("The left hand" if mirrored else "The right hand")
+        sides = ("left", "right", "left") if mirrored else ("right", "left", "right")
+        assert vocab.decode(second) == "The {} hand of a {}-handed or {}-handed man".format(*sides)
         seen.add(mirrored)
     assert seen == {True, False}
 

@@ -1,19 +1,25 @@
-"""Every kind of image becomes the right RGB, every broken one a sentence; a transform is a function of its key."""
+"""Reading every kind of image, errors for broken ones, and transforms as functions of their key."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from showtell import transforms
 from showtell.errors import MissingFileError, UserError
+from showtell.tokenizer import ptb, treebank
 from showtell.transforms import (
     IMAGENET,
     IMAGENET_TRAIN,
@@ -52,6 +58,53 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 
 # ---- Reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", transforms.FORMATS)
+def test_every_documented_format_is_opened_by_its_contents(kind, tmp_path):
+    if kind not in transforms._formats():
+        pytest.skip(f"this Pillow has no {kind}")
+    options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}
+    for suffix in (*transforms.FORMATS[kind], ".jpg"):
+        path = tmp_path / f"image{suffix}"
+        path.write_bytes(encoded(Image.fromarray(gradient(64, 64)), kind, **options))
+        tolerance = 60 if kind == "GIF" else 12
+        assert np.abs(to_hwc(read_image(path)).astype(int) - gradient(64, 64)).max() <= tolerance
+
+
+def test_a_phones_jpeg_of_several_images_gives_the_first_upright():
+    """MPO: a JPEG with more images behind it, such as a preview or the other eye of a stereo camera."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(gradient(48, 64), 1)))
+    others = [Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))]
+    data = encoded(turned, "MPO", save_all=True, append_images=others, exif=exif, quality=95)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert np.abs(to_hwc(read_image(data)).astype(int) - gradient(48, 64)).max() <= 12
+    assert frames(data) == 3
+
+
+def test_postscript_never_starts_ghostscript(monkeypatch, tmp_path):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
+    eps = encoded(Image.fromarray(gradient()), "EPS")
+    assert eps.startswith(b"%!PS-Adobe-3.0")
+    binary = b"\xc5\xd0\xd3\xc6" + (30).to_bytes(4, "little") + len(eps).to_bytes(4, "little") + bytes(18) + eps
+    pdf = encoded(Image.fromarray(gradient()), "PDF")
+    for data, reason in [
+        (eps, "it is PostScript"),
+        (binary, "it is PostScript"),
+        (pdf, "it is a PDF"),
+        (encoded(Image.fromarray(gradient()), "TGA"), "it is not an image of a known format"),
+        (encoded(Image.fromarray(gradient()), "PCX"), "it is not an image of a known format"),
+    ]:
+        (tmp_path / "photo.jpg").write_bytes(data)
+        for read in (read_image, frames):
+            with pytest.raises(
+                BrokenImageError, match=rf"photo\.jpg cannot be read: {reason}; give a JPEG, PNG, .* AVIF"
+            ):
+                read(tmp_path / "photo.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
@@ -249,6 +302,19 @@ def test_a_missing_file_is_a_missing_file(tmp_path):
         frames(tmp_path / "gone.jpg")
 
 
+@pytest.mark.timeout(30)
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for path in (tmp_path / "pipe.jpg", "/dev/zero"):
+        for read in (read_image, frames):
+            with pytest.raises(BrokenImageError, match=r"it is no regular file \(a pipe, a socket or a device\); give"):
+                read(path)
+    with open(tmp_path / "endless.tiff", "wb") as file:
+        file.truncate(2**40)  # a sparse file, which takes no disk
+    with pytest.raises(BrokenImageError, match="it has more than 4,294,967,296 bytes; make a smaller copy first"):
+        read_image(tmp_path / "endless.tiff")
+
+
 def huge_png() -> bytes:
     """The header of a 30,000 x 30,000 image: reading more of it would fail for want of data."""
     import struct
@@ -262,8 +328,9 @@ def huge_png() -> bytes:
 @pytest.mark.parametrize("pillow_limit", [Image.MAX_IMAGE_PIXELS, None])
 def test_a_huge_image_is_refused_from_its_header(pillow_limit, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
-    with pytest.raises(BrokenImageError, match="more than 179 million pixels; make a smaller copy first"):
-        read_image(huge_png())
+    for read in (read_image, frames):
+        with pytest.raises(BrokenImageError, match="more than 179 million pixels; make a smaller copy first"):
+            read(huge_png())
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on what it finds
@@ -408,10 +475,38 @@ def test_a_line_of_pixels_is_not_blown_up_to_gigabytes():
         IMAGENET(torch.zeros(3, 1, 9000, dtype=torch.uint8))
 
 
-def test_mirrored_captions_swap_left_and_right_as_words():
-    assert mirror_caption("a cat left of a dog on the Right") == "a cat right of a dog on the Left"
-    assert mirror_caption("leftover bright lights") == "leftover bright lights"
-    assert mirror_caption(mirror_caption("Left, right; RIGHT.")) == "Left, right; RIGHT."
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("a cat left of a dog on the Right", "a cat right of a dog on the Left"),
+        ("a right-handed batter", "a left-handed batter"),
+        ("the upper-left corner, LEFT-HAND side", "the upper-right corner, RIGHT-HAND side"),
+        ("the leftmost dog turns rightward", "the rightmost dog turns leftward"),
+        ("leftover bright lights, copyright, rights", "leftover bright lights, copyright, rights"),
+        ("a right-angled turn, the right-of-way, left-overs", "a right-angled turn, the right-of-way, left-overs"),
+    ],
+)
+def test_mirrored_captions_swap_left_and_right_in_words_and_compounds(text, mirrored):
+    assert mirror_caption(text) == mirrored
+    for cut in (treebank, ptb):  # word by word, as the loader swaps them; both keep compounds whole
+        assert [mirror_caption(word) for word in cut(text)] == cut(mirrored)
+
+
+@given(
+    st.lists(st.sampled_from([*"-.,; ", "left", "Right", "LEFT", "hand", "handed", "most", "angle", "bright", "of"]))
+)
+def test_mirroring_twice_gives_the_text_back(parts):
+    assert mirror_caption(mirror_caption("".join(parts))) == "".join(parts)
+
+
+def test_what_needs_no_torch_does_not_import_it():
+    code = (
+        "import sys; from showtell import annotations, datasets, scoring, synthetic, transforms as t; "
+        "t.Transform.from_dict(t.IMAGENET_TRAIN.to_dict()).evaluation().fingerprint(); "
+        "datasets.load('synthetic', n=2).references(); t.mirror_caption('left'); "
+        "print(sorted({'torch', 'torchvision', 'matplotlib', 'jinja2'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 @pytest.mark.realdata
