@@ -1,27 +1,54 @@
-"""Tables of captions that people write themselves: csv, tsv, json or jsonl rows of (image, caption[, split])."""
+"""Caption files: csv, tsv, `|`-separated, json or jsonl rows of (image, caption[, split]), and COCO's json.
+
+All commands read caption files here, so a file that one command reads is read by the others in the same way.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import os
+import posixpath
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from showtell.errors import MissingFileError, UserError
+from showtell.files import require_regular_file
 
-IMAGE_COLUMNS = ("image", "file", "filename", "path", "file_name")
-CAPTION_COLUMNS = ("caption", "text", "sentence")
-_ID_COLUMNS = ("image_id", "image", "id", "file_name", "filename", "file", "path")
-_TEXT_COLUMNS = ("caption", "text", "sentence")
+# Accepted column names and json keys; if a file has several, the first in this order is used.
+IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "path", "image_id", "id")
+CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "comment")
+SPLIT_NAMES = {"": None, "train": "train", "restval": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
 _FORMS = (
-    'give COCO annotation json, COCO results json, json of the form {"id": ["caption"]}, or csv/tsv with the columns '
-    "image and caption"
+    'give csv or tsv with the columns image and caption, json or jsonl with such keys, json like {"image": '
+    '["caption"]}, or COCO annotations or results'
 )
 
 
+class Row(NamedTuple):
+    """One row of a caption file; `file` is the path of the image, which COCO annotations list beside its id."""
+
+    image: int | str
+    captions: list[str]
+    split: str | None
+    file: str
+
+
+def normal_path(path: str) -> str:
+    """Return one spelling for all spellings of a path: `3.png` for `./3.png` and `a/../3.png`.
+
+    The parts are separated by `/` on every system. A backslash is a separator on Windows only: elsewhere it is an
+    ordinary character of a file name.
+    """
+    return posixpath.normpath(path.replace(os.sep, "/"))
+
+
 def find_table(data_dir: Path) -> Path:
-    """The table of a folder: its only one, or the one named captions."""
+    """Return the caption file of a folder: the only one, or the one named captions."""
     tables = sorted(path for path in data_dir.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".json", ".jsonl"))
     chosen = tables if len(tables) == 1 else [path for path in tables if path.stem.lower() == "captions"]
     if len(chosen) != 1:
@@ -30,171 +57,152 @@ def find_table(data_dir: Path) -> Path:
     return chosen[0]
 
 
-def table_rows(path: Path) -> Iterator[tuple[str, list[str], str | None]]:
-    """The (image, captions, split or None) rows of a csv, tsv, json or jsonl file."""
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        yield from _delimited_rows(path, "\t" if kind == ".tsv" else ",")
-        return
-    if kind == ".jsonl":
-        rows: object = []
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Read a caption file of any accepted form, row by row.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UserError: the file has another form or no captions, or a row lacks its image or caption.
+    """
+    path = Path(path)
+    files: dict[int | str, str] = {}
+    entries = _json_entries(path, files) if path.suffix.lower() in (".json", ".jsonl") else _table_entries(path)
+    empty = True
+    for place, entry in entries:
+        entry = {key.lower(): value for key, value in entry.items()} if isinstance(entry, dict) else {}
+        image = next((entry[key] for key in IMAGE_COLUMNS if key in entry), "")
+        if isinstance(image, str):
+            image = image.strip() and normal_path(image.strip())
+        captions = next((entry[key] for key in CAPTION_COLUMNS if key in entry), ())
+        captions = captions if isinstance(captions, list | tuple) else [captions]
+        split = entry.get("split") or ""
+        if image == "" or captions == ():
+            reason = f"no image and caption; {_FORMS}"
+        elif not isinstance(image, int | str) or isinstance(image, bool):
+            reason = f"the image {reprlib.repr(image)}; write ids as numbers or text"
+        elif bad := [caption for caption in captions if not isinstance(caption, str)]:
+            reason = f"the caption {reprlib.repr(bad[0])}; write captions as text"
+        elif not isinstance(split, str) or split.strip().lower() not in SPLIT_NAMES:
+            reason = f"the split {reprlib.repr(split)}; write train, val or test, and quote a caption with commas"
+        else:
+            yield Row(image, captions, SPLIT_NAMES[split.strip().lower()], files.get(image, str(image)))
+            empty = False
+            continue
+        raise UserError(f"{place} of {path} has {reason}")
+    if empty:
+        raise UserError(f"{path} holds no captions; {_FORMS}")
+
+
+def _json_entries(path: Path, files: dict[int | str, str]) -> Iterator[tuple[str, object]]:
+    """Yield (place, entry) pairs of a json or jsonl file, and fill `files` with the paths of COCO's image ids."""
+    if path.suffix.lower() == ".jsonl":
         for number, line in enumerate(read_text(path).split("\n"), 1):
             if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise UserError(f"line {number} of {path} is not json ({error}); write one object a line") from None
-    elif kind == ".json":
-        rows = read_json(path)
-    else:
-        raise UserError(f"{path} is not a table this reads; give a csv, tsv, json or jsonl file")
-    if isinstance(rows, dict):
-        if isinstance(rows.get("images"), list):
-            raise UserError(f"{path} holds an object with images; read it as the data set coco or karpathy")
-        rows = [{"image": image, "caption": captions} for image, captions in rows.items()]
-    if not isinstance(rows, list):
-        raise UserError(f"{path} holds a json {type(rows).__name__}; give a list of objects with image and caption")
-    for number, row in enumerate(rows, 1):
-        row = {str(key).lower(): value for key, value in row.items()} if isinstance(row, dict) else {}
-        file = next((row[key] for key in IMAGE_COLUMNS if key in row), None)
-        texts = next((row[key] for key in (*CAPTION_COLUMNS, "captions") if key in row), None)
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(file, str) or not isinstance(texts, list):
-            raise UserError(f"row {number} of {path} has no image and caption; write {{'image': …, 'caption': …}}")
-        yield file, texts, str(row.get("split") or "").strip().lower() or None
+                yield f"line {number}", _parse(line, f"line {number} of {path}")
+        return
+    content = read_json(path)
+    if isinstance(content, dict):
+        images = content["images"] if isinstance(content.get("images"), list) else ()
+        images = [image for image in images if isinstance(image, dict)]
+        if isinstance(content.get("annotations"), list):
+            for image in images:
+                if isinstance(image.get("file_name"), str) and isinstance(image.get("id"), int | str):
+                    files[image["id"]] = normal_path(image["file_name"])
+            # The `id` of an annotation is its own, not the image's.
+            content = [{**entry, "id": ""} if isinstance(entry, dict) else entry for entry in content["annotations"]]
+        elif images:
+            raise UserError(f"{path} holds images but no annotations; read it as the data set karpathy")
+        else:
+            for image, captions in content.items():
+                yield f"entry {reprlib.repr(image)}", {"image": image, "captions": captions}
+            return
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds a json {type(content).__name__}; {_FORMS}")
+    yield from ((f"entry {number}", entry) for number, entry in enumerate(content, 1))
 
 
-def _delimited_rows(path: Path, delimiter: str) -> Iterator[tuple[str, list[str], str | None]]:
-    # In a tsv a quotation mark is an ordinary character, and a stray one must not swallow the lines after it.
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), delimiter=delimiter, quoting=quoting, strict=True)
-    columns: list[str] | None = None
+def _table_entries(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield (place, row) pairs of a table, with the column names of its header or by position."""
+    text = read_text(path)
+    first = next((line for line in text.splitlines() if line.strip()), "")
+
+    def names_in(delimiter: str) -> tuple[int, bool]:
+        names = {cell.strip(' "').lower() for cell in first.split(delimiter)}
+        return len(names & {*IMAGE_COLUMNS, *CAPTION_COLUMNS}), delimiter in first
+
+    delimiter = max(",\t|" if path.suffix.lower() == ".csv" else "\t|,", key=names_in)
+    # Quotation marks quote in a comma-separated file only: elsewhere a stray one must not swallow the lines after it.
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    csv.field_size_limit(2**31 - 1)  # a caption may have 10,000 words
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True, skipinitialspace=delimiter == "|")
+    columns: list[str] = []
     try:
         for row in reader:
             if not any(cell.strip() for cell in row):
                 continue
-            if columns is None:
-                names = [cell.strip().lower() for cell in row]
-                image = next((names.index(name) for name in IMAGE_COLUMNS if name in names), None)
-                caption = next((names.index(name) for name in CAPTION_COLUMNS if name in names), None)
-                if image is not None and caption is not None:
-                    columns = names
-                    split = names.index("split") if "split" in names else None
+            if not columns:
+                columns = [cell.strip().lower() for cell in row]
+                found = [not set(names).isdisjoint(columns) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
+                if all(found):
                     continue
-                if image is not None or caption is not None:
+                if any(found):
                     raise UserError(f"the header of {path} is {', '.join(row)}; name the columns image and caption")
-                columns, image, caption = ["image", "caption", "split"][: max(2, len(row))], 0, 1
-                split = 2 if len(row) > 2 else None
-            if not max(image, caption) < len(row) <= len(columns) or (split is not None and split >= len(row)):
+                columns = ["image", "caption", "split"][: max(2, len(row))]
+            if len(row) != len(columns):
                 raise UserError(
-                    f"line {reader.line_num} of {path} has {len(row)} columns; write image and caption in each, "
-                    "and put quotation marks around a caption with commas"
+                    f"line {reader.line_num} of {path} has {len(row)} columns, not {len(columns)}; write image and "
+                    "caption in each, and in a csv put quotation marks around a caption with commas"
                 )
-            named_split = row[split].strip().lower() if split is not None else ""
-            yield row[image].strip(), [row[caption]], named_split or None
+            yield f"line {reader.line_num}", dict(zip(columns, row, strict=True))
     except csv.Error as error:
         raise UserError(f"line {reader.line_num} of {path} is not a row ({error}); check its quotation marks") from None
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file's text, with or without a byte order mark."""
+    """Return a UTF-8 file's text, with or without a byte order mark."""
+    require_regular_file(path, "file", "check the folder or name the file")
     try:
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no file {path}; check the folder or name the file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        raise UserError(f"{path} is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give a readable file") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; give a readable file") from None
 
 
 def read_json(path: Path):
-    """A json file's value; what is wrong with a bad one is said with its path."""
-    text = read_text(path)
+    """Return a json file's value; the error for a bad file names its path."""
+    return _parse(read_text(path), str(path))
+
+
+def _parse(text: str, place: str):
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path} is not json: {error}; give a whole json file") from None
+    except json.JSONDecodeError as error:
+        reason = str(error)
+    except RecursionError:
+        reason = "it is nested too deeply"
+    except ValueError:  # Python's limit on the digits of an integer
+        reason = "it has a number of more than 4,300 digits"
+    raise UserError(f"{place} is not json: {reason}; give complete json")
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Reads the captions of every image in a file: image ids as text, in the order of the file.
+    """Read the captions of every image in a file: image ids as text, in the order of the file.
 
-    Accepts COCO annotation json, COCO results json (`[{"image_id": …, "caption": …}]`), plain `{"id": ["…"]}` or
-    `{"id": "…"}` json, and csv/tsv, with a header or as two columns image and caption.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: the file is none of these, or a caption in it is not text.
+    Raises as `read_rows` does.
     """
-    path = Path(path)
     captions: dict[str, list[str]] = {}
-    for image, group in _json_rows(path) if path.suffix.lower() == ".json" else _table_rows(path):
-        if not isinstance(image, str | int) or isinstance(image, bool):
-            raise UserError(f"{path} names an image {image!r}; write image ids as numbers or text")
-        for caption in group:
-            if not isinstance(caption, str):
-                raise UserError(
-                    f"image {image} of {path} has the caption {json.dumps(caption)}; write captions as text"
-                )
-        captions.setdefault(str(image), []).extend(group)
-    if not captions:
-        raise UserError(f"{path} holds no captions; {_FORMS}")
+    for row in read_rows(path):
+        captions.setdefault(str(row.image), []).extend(row.captions)
     return captions
 
 
-def _json_rows(path: Path) -> Iterator[tuple[object, list]]:
-    content = read_json(path)
-    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
-        content = content["annotations"]
-    if isinstance(content, dict):
-        for image, group in content.items():
-            if isinstance(group, dict):
-                raise UserError(f"{path} holds an object under {image!r}; {_FORMS}")
-            yield image, group if isinstance(group, list) else [group]
-    elif isinstance(content, list):
-        for number, row in enumerate(content, 1):
-            if not isinstance(row, dict) or "image_id" not in row or "caption" not in row:
-                raise UserError(f"entry {number} of {path} has no image_id and caption; {_FORMS}")
-            yield row["image_id"], [row["caption"]]
-    else:
-        raise UserError(f"{path} holds a json {type(content).__name__}; {_FORMS}")
-
-
-def _table_rows(path: Path) -> Iterator[tuple[object, list]]:
-    text = read_text(path)
-    # In a tsv a quotation mark is an ordinary character, and a stray one must not swallow the lines after it.
-    tabs = path.suffix.lower() != ".csv" and "\t" in text
-    quoting = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", quoting=quoting, strict=True)
-    image_at, caption_at, width = 0, 1, 2
-    csv.field_size_limit(2**31 - 1)  # a caption may have 10,000 words
-    try:
-        for number, row in enumerate(row for row in reader if any(cell.strip() for cell in row)):
-            if number == 0:
-                names = [cell.strip().lower() for cell in row]
-                image = next((names.index(name) for name in _ID_COLUMNS if name in names), None)
-                caption = next((names.index(name) for name in _TEXT_COLUMNS if name in names), None)
-                if image is not None and caption is not None:
-                    image_at, caption_at, width = image, caption, len(names)
-                    continue
-            if len(row) != width:
-                raise UserError(
-                    f"line {reader.line_num} of {path} has {len(row)} columns, not {width}; write image and caption in "
-                    "each, and in a csv quotation marks around a caption with commas"
-                )
-            yield row[image_at].strip(), [row[caption_at]]
-    except csv.Error as error:
-        raise UserError(
-            f"line {reader.line_num} of {path} is no csv row ({error}); check its quotation marks"
-        ) from None
-
-
 def read_candidates(path: str | Path) -> dict[str, str]:
-    """Reads one caption for each image; a row given twice counts once.
+    """Read one caption for each image; a row given twice counts once.
 
     Raises:
-        UserError: an image has no caption or several differing ones, and whatever `read_captions` raises.
+        UserError: an image has no caption or several differing ones, and whatever `read_rows` raises.
     """
     candidates = {}
     for image, group in read_captions(path).items():

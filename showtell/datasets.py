@@ -1,58 +1,60 @@
-"""Images with captions, from the layouts people have: `load("flickr8k", "data/flickr8k", split="train")`.
+"""Images with captions, from the usual layouts: `load("flickr8k", "data/flickr8k", split="train")`.
 
-Every reader gives a `CaptionSet`: images and, for each, its captions. Splits are by image, never by caption. Nothing
-is decoded until `image(i)` is called.
+Every reader returns a `CaptionSet`: images and, for each, its captions. Splits are by image, never by caption. Nothing
+is decoded until `image(i)` is called. A new data set is a function and a line: `READERS["mine"] = read_mine`.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import TYPE_CHECKING
 
-import torch
-
-from showtell.annotations import find_table, read_json, read_text, table_rows
+from showtell.annotations import find_table, normal_path, read_json, read_rows, read_text
 from showtell.errors import MissingFileError, UserError
 from showtell.transforms import read_image
 
-SPLIT_NAMES = {"dev": "val", "valid": "val", "validation": "val", "restval": "train"}  # what tables call the three
+if TYPE_CHECKING:
+    import torch
+
+_ID = (int, str)
 
 
+@dataclass(eq=False, repr=False)
 class CaptionSet:
     """The images of one split and their captions.
 
     Args:
         name: The reader it came from.
         split: The split.
-        image_ids: One per image, an int where the annotations have one, else the file's name.
+        image_ids: One for each image: an int where the annotations have one, else the file's name.
         captions: The captions of each image.
-        files: Each image's path below `folder`.
+        files: Each image's path below `folder`; empty if the images are drawn.
         folder: Where the files are.
-        missing: Files that the annotations list and that are not there; their images are left out.
+        missing: Files that the annotations list but that do not exist; their images are left out.
         empty: How many empty captions were dropped.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        image_ids: list,
-        captions: list[list[str]],
-        files: list[str],
-        folder: str | os.PathLike = "",
-        missing: Sequence[str] = (),
-        empty: int = 0,
-    ):
-        self.name, self.split = name, split
-        self.image_ids, self.captions, self.files = image_ids, captions, files
-        self.folder = os.fspath(folder)
-        self.missing, self.empty = list(missing), empty
+    name: str
+    split: str
+    image_ids: list
+    captions: list[list[str]]
+    files: list[str]
+    folder: str | os.PathLike = ""
+    missing: list[str] = field(default_factory=list)
+    empty: int = 0
+
+    def __post_init__(self):
+        self.folder = os.fspath(self.folder)
 
     def __len__(self) -> int:
-        """The number of images."""
         return len(self.image_ids)
 
     def __repr__(self) -> str:
@@ -61,31 +63,34 @@ class CaptionSet:
         return f"<CaptionSet {self.name} {self.split}: {len(self)} images, {n_captions} captions{without}>"
 
     def image(self, i: int) -> torch.Tensor:
-        """Reads image `i`: (3, H, W) uint8 RGB. Raises as `showtell.transforms.read_image` does."""
+        """Read image `i`: (3, H, W) uint8 RGB. Raises as `showtell.transforms.read_image` does."""
         return read_image(self.path(i))
 
     def path(self, i: int) -> str | None:
-        """The file of image `i`; None if it has none."""
-        return os.path.join(self.folder, self.files[i])
+        """Return the file of image `i`; None if it is drawn."""
+        return os.path.join(self.folder, self.files[i]) if self.files else None
+
+    def sources(self) -> list[str | Callable[[], torch.Tensor]]:
+        """Return a path for each image, or a function that draws it, for `image_stream.stream_images`."""
+        return [self.path(i) or functools.partial(self.image, i) for i in range(len(self))]
 
     def all_captions(self) -> Iterator[str]:
-        """Every caption, image by image: what a vocabulary is built from."""
+        """Yield every caption, image by image; a vocabulary is built from them."""
         for captions in self.captions:
             yield from captions
 
     def references(self) -> dict[str, list[str]]:
-        """The captions of each image by its id, written as a string: what the scores compare with."""
+        """Return the captions of each image by its id as text; scores compare with them."""
         return {str(i): captions for i, captions in zip(self.image_ids, self.captions, strict=True)}
 
     def subset(self, n: int, seed: int = 0) -> CaptionSet:
-        """`n` images drawn by `seed`, in their old order; all of them if there are no more than `n`."""
+        """Draw `n` images by `seed` and keep their order; all images if there are no more than `n`."""
         if n < 1:
             raise UserError(f"a subset of {n} images is empty; ask for 1 or more")
         # By a draw for each image rather than `sample`, so that a larger subset holds the smaller ones.
         rng = Random(f"{seed}/subset")
-        draws = [rng.random() for _ in range(len(self))]
-        chosen = sorted(sorted(range(len(self)), key=draws.__getitem__)[:n])
-        return self._of(chosen)
+        draws = [rng.random() for _ in self.image_ids]
+        return self._of(sorted(sorted(range(len(self)), key=draws.__getitem__)[:n]))
 
     def _of(self, chosen: Sequence[int]) -> CaptionSet:
         parts = ([values[i] for i in chosen] for values in (self.image_ids, self.captions, self.files))
@@ -93,33 +98,31 @@ class CaptionSet:
 
 
 def join(sets: Sequence[CaptionSet]) -> CaptionSet:
-    """Several sets of files as one, in their order.
+    """Join several sets of files, in their order.
 
     Raises:
         UserError: an image id is in two of them, or one of them is drawn and has no files.
     """
-    if drawn := next((captions.name for captions in sets if isinstance(captions, SyntheticSet)), None):
-        raise UserError(
-            f"the data set {drawn} is drawn and has no files to join with others; write it out as COCO first"
-        )
-    ids = [image_id for captions in sets for image_id in captions.image_ids]
+    if drawn := next((caption_set.name for caption_set in sets if not caption_set.files), None):
+        raise UserError(f"the data set {drawn} is drawn and has no files to join with others; export it as COCO first")
+    ids = [image_id for caption_set in sets for image_id in caption_set.image_ids]
     if twice := next((image_id for image_id, n in Counter(map(str, ids)).items() if n > 1), None):
         raise UserError(f"the image id {twice} is in two of the data sets that are joined; give each image its own id")
     return CaptionSet(
-        ",".join(captions.name for captions in sets),
+        ",".join(caption_set.name for caption_set in sets),
         sets[0].split,
         ids,
-        [texts for captions in sets for texts in captions.captions],
-        [captions.path(i) for captions in sets for i in range(len(captions))],
-        missing=[path for captions in sets for path in captions.missing],
-        empty=sum(captions.empty for captions in sets),
+        [captions for caption_set in sets for captions in caption_set.captions],
+        [path for caption_set in sets for path in caption_set.sources()],
+        missing=[path for caption_set in sets for path in caption_set.missing],
+        empty=sum(caption_set.empty for caption_set in sets),
     )
 
 
 class SyntheticSet(CaptionSet):
-    """Scenes of `showtell.synthetic`, drawn when first asked for; image `i` is `scene(i, seed, split)`.
+    """Scenes of `showtell.synthetic`, drawn when first used; image `i` is `scene(indices[i], seed, split)`.
 
-    Drawings are kept while they fit into `KEEP_BYTES`: a third of a small training step would be drawing.
+    Drawings are kept while they fit into `KEEP_BYTES`: drawing takes a third of the time of a small training step.
     """
 
     KEEP_BYTES = 2**28
@@ -138,13 +141,15 @@ class SyntheticSet(CaptionSet):
         return self.__dict__ | {"_drawn": {}}  # a loader worker draws for itself
 
     def scene(self, i: int):
-        """The `Scene` of image `i`, with which `showtell.synthetic.check` judges sentences."""
+        """Return the `Scene` of image `i`, for `showtell.synthetic.check`."""
         from showtell.synthetic import scene
 
         return scene(self.indices[i], self.seed, self.split)
 
     def image(self, i: int) -> torch.Tensor:
-        """Draws image `i`: (3, size, size) uint8."""
+        """Draw image `i`: (3, size, size) uint8."""
+        import torch
+
         from showtell.synthetic import draw
 
         if i not in self._drawn:
@@ -154,28 +159,25 @@ class SyntheticSet(CaptionSet):
             self._drawn[i] = drawn
         return self._drawn[i].clone()
 
-    def path(self, i: int) -> None:
-        """None: the images are drawn, not read."""
-
     def _of(self, chosen: Sequence[int]) -> SyntheticSet:
         indices, captions = ([values[i] for i in chosen] for values in (self.indices, self.captions))
         return SyntheticSet(self.split, indices, self.size, self.seed, captions)
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "train", **options) -> CaptionSet:
-    """Opens a split of a data set.
+    """Open a split of a data set.
 
     Args:
-        name: A reader: `coco`, `karpathy`, `flickr8k`, `folder` or `synthetic`; or several, `flickr8k,coco`, joined.
-        data_dir: The data set's folder, `synthetic` needs none; of several, as many: `data/flickr8k,data/coco`.
-        split: `train`, `val` or, where the data set has it, `test` (`synthetic` has `unseen` besides).
+        name: A name in `READERS`; or several, `flickr8k,coco`, joined.
+        data_dir: The data set's folder (`synthetic` needs none); of several, as many: `data/flickr8k,data/coco`.
+        split: `train`, `val` or, where the data set has it, `test` (`synthetic` also has `unseen`).
         options: The reader's own, see `read_coco` and the others. All that read files take `on_missing` (`"skip"`, or
-            `"error"` at the first image file that is not there) and `max_missing` (how many may be skipped; the default
+            `"error"` at the first image file that is missing) and `max_missing` (how many may be skipped; the default
             is a tenth of the images).
 
     Raises:
-        UserError: an unknown name, split or option, or annotations that are not what they should be.
-        MissingFileError: the folder or the annotations are not there, or too many image files.
+        UserError: an unknown name, split or option, or malformed annotations.
+        MissingFileError: the folder, the annotations, or too many image files are missing.
     """
     if "," in name:
         names, folders = name.split(","), str(data_dir or "").split(",")
@@ -188,20 +190,21 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
     if name not in READERS:
         raise UserError(f"there is no data set {name!r}; choose one of {', '.join(READERS)}")
     reader = READERS[name]
-    accepted = reader.__annotations__.keys() - {"data_dir", "split", "return"}
+    parameters = inspect.signature(reader).parameters
+    accepted = sorted(parameters.keys() - {"data_dir", "split"})
     if unknown := sorted(options.keys() - accepted):
-        raise UserError(f"the data set {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(accepted))}")
-    if name == "synthetic":
-        return reader(split, **options)
+        raise UserError(f"the data set {name} has no option {', '.join(unknown)}; it has {', '.join(accepted)}")
+    if "data_dir" not in parameters:
+        return reader(split=split, **options)
     if data_dir is None:
         raise UserError(f"the data set {name} needs the folder it is in; give data_dir (--data-dir data/{name})")
     if not Path(data_dir).is_dir():
         raise MissingFileError(f"there is no folder {data_dir}; give the folder that holds the {name} data")
-    return reader(Path(data_dir), split, **options)
+    return reader(data_dir=Path(data_dir), split=split, **options)
 
 
 def read_synthetic(split: str = "train", n: int | None = None, size: int = 64, seed: int = 0) -> CaptionSet:
-    """Draws `n` scenes of a split (12,000 for train, 1,000 for the others) at `size` pixels; nothing is on disk."""
+    """Draw `n` scenes of a split (12,000 for train, 1,000 for the others) at `size` pixels; reads no files."""
     from showtell.synthetic import MIN_SIZE, SPLITS
 
     _require_split("synthetic", split, SPLITS)
@@ -220,7 +223,7 @@ def read_coco(
     on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
-    """Reads COCO's layout: `annotations/captions_{split}{year}.json` and the images in `{split}{year}/`.
+    """Read COCO's layout: `annotations/captions_{split}{year}.json` and the images in `{split}{year}/`.
 
     The images may also be in `images/{split}{year}/`. Without a `year` the one that is there is taken, 2017 first.
     COCO's test images have no captions. Images without any caption are left out.
@@ -231,35 +234,31 @@ def read_coco(
     if year is None:
         year = 2017 if any(annotations.glob("captions_*2017.json")) or not annotations.is_dir() else 2014
     path = annotations / f"captions_{split}{year}.json"
-    if not path.is_file():
+    if not path.exists():
         raise MissingFileError(f"there is no {path}; give the folder that holds COCO's annotations/")
-    values = read_json(path)
-    _require_keys(
-        values, path, {"images": list, "annotations": list}, 'COCO captions: an object with "images" and "annotations"'
-    )
-    if values["annotations"] and "caption" not in values["annotations"][0]:
+    form = 'COCO captions: an object with "images" and "annotations"'
+    images, captions = _lists(path, ("images", "annotations"), form)
+    if captions and isinstance(captions[0], dict) and "caption" not in captions[0]:
         raise UserError(f"{path} holds no captions (is it the instances file?); give COCO's captions json")
-    records: dict[int, tuple[str, list[str]]] = {}
-    try:
-        for image in values["images"]:
-            if image["id"] in records:
-                raise UserError(f"{path} lists the image id {image['id']} twice; give each image its own id")
-            records[image["id"]] = (image["file_name"], [])
-        seen = set()
-        for annotation in values["annotations"]:
-            if annotation["id"] in seen:
-                raise UserError(
-                    f"{path} lists the annotation id {annotation['id']} twice; give each caption its own id"
-                )
-            seen.add(annotation["id"])
-            if annotation["image_id"] not in records:
-                raise UserError(
-                    f"{path} has a caption of the image id {annotation['image_id']}, which its images do not list; "
-                    "add the image or leave the caption out"
-                )
-            records[annotation["image_id"]][1].append(annotation["caption"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} has an entry without {error}; give COCO's captions json") from None
+    records: dict[int | str, tuple[str, list[str]]] = {}
+    for number, image in enumerate(images, 1):
+        identity, file = _values(image, {"id": _ID, "file_name": str}, f"image {number} of {path}")
+        if identity in records:
+            raise UserError(f"{path} lists the image id {identity} twice; give each image its own id")
+        records[identity] = (file, [])
+    seen = set()
+    kinds = {"id": _ID, "image_id": _ID, "caption": (str, type(None))}
+    for number, annotation in enumerate(captions, 1):
+        identity, image_id, caption = _values(annotation, kinds, f"annotation {number} of {path}")
+        if identity in seen:
+            raise UserError(f"{path} lists the annotation id {identity} twice; give each caption its own id")
+        if image_id not in records:
+            raise UserError(
+                f"{path} has a caption of the image id {image_id}, which its images do not list; add the image or "
+                "leave the caption out"
+            )
+        seen.add(identity)
+        records[image_id][1].append(caption or "")
     folder = _first_folder([data_dir / f"{split}{year}", data_dir / "images" / f"{split}{year}"], "COCO's images")
     return _assemble("coco", split, ((i, *record) for i, record in records.items()), folder, on_missing, max_missing)
 
@@ -271,7 +270,7 @@ def read_karpathy(
     on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
-    """Reads Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
+    """Read Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
 
     `restval` counts as train, as in published results. The images are in the json's `filepath` below `data_dir` (or
     below its `images/`), or in `images/` itself.
@@ -285,32 +284,29 @@ def read_karpathy(
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "no dataset_*.json"
             raise MissingFileError(f"{data_dir} holds {names}; name the json to read with the option annotations")
-        path = found[0]
-    else:
-        path = Path(annotations)
-    values = read_json(path)
-    _require_keys(values, path, {"images": list}, 'Karpathy\'s splits: an object with "images"')
+        annotations = found[0]
+    path = Path(annotations)
+    (images,) = _lists(path, ("images",), 'Karpathy\'s splits: an object with "images"')
     wanted = {"train": ("train", "restval")}.get(split, (split,))
-    records, seen = [], set()
-    try:
-        for number, image in enumerate(values["images"]):
-            identity = image.get("cocoid", image.get("imgid", number))
-            if identity in seen:
-                raise UserError(f"{path} lists the image id {identity} twice; give each image its own id")
-            seen.add(identity)
-            if image["split"] in wanted:
-                file = os.path.join(image.get("filepath", ""), image["filename"])
-                records.append((identity, file, [sentence["raw"] for sentence in image["sentences"]]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} has an image without {error}; each needs filename, split and sentences[].raw"
-        ) from None
+    records, splits, seen = [], set(), set()
+    for number, image in enumerate(images):
+        place = f"image {number + 1} of {path}"
+        name, named_split, sentences = _values(image, {"filename": str, "split": str, "sentences": list}, place)
+        optional = {"id": image.get("cocoid", image.get("imgid", number)), "filepath": image.get("filepath", "")}
+        identity, parent = _values(optional, {"id": _ID, "filepath": str}, place)
+        file = normal_path(os.path.join(parent, name))
+        for what, value in (("image id", identity), ("file", file)):
+            if (what, value) in seen:
+                raise UserError(f"{path} lists the {what} {value} twice; list each image once")
+            seen.add((what, value))
+        splits.add(named_split)
+        if named_split in wanted:
+            texts = [_values(sentence, {"raw": str}, f"a sentence of {place}")[0] for sentence in sentences]
+            records.append((identity, file, texts))
     if not records:
-        there = ", ".join(sorted({image["split"] for image in values["images"]}))
-        raise UserError(f"{path} has no images of the split {split}; it has {there or 'none at all'}")
-    first = records[0][1]
-    tried = [data_dir, data_dir / "images"]
-    folder = next((f for f in tried if os.path.dirname(first) and (f / os.path.dirname(first)).is_dir()), None)
+        raise UserError(f"{path} has no images of the split {split}; it has {', '.join(sorted(splits)) or 'none'}")
+    parent = os.path.dirname(records[0][1])
+    folder = next((f for f in (data_dir, data_dir / "images") if parent and os.path.isdir(f / parent)), None)
     if folder is None:
         folder = _first_folder([data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir], "the images")
         records = [(identity, os.path.basename(file), captions) for identity, file, captions in records]
@@ -320,7 +316,7 @@ def read_karpathy(
 def read_flickr8k(
     data_dir: Path, split: str = "train", on_missing: str = "skip", max_missing: int | None = None
 ) -> CaptionSet:
-    """Reads Flickr8k as published: `Flickr8k.token.txt`, the official split lists, `images/` or `Flicker8k_Dataset/`.
+    """Read Flickr8k as published: `Flickr8k.token.txt`, the official split lists, `images/` or `Flicker8k_Dataset/`.
 
     The splits are `train` (6,000 images), `val` (1,000; its other name is `dev`) and `test` (1,000).
     """
@@ -364,46 +360,40 @@ def read_folder(
     on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
-    """Reads one's own images and a csv, tsv, json or jsonl file of (image, caption) or (image, caption, split) rows.
+    """Read your own images and a caption file: (image, caption) or (image, caption, split) rows.
 
-    Columns or keys are `image` (or file, filename, path, file_name), `caption` (or text, sentence; in json it may be a
-    list) and, if wanted, `split`. A table without such a header is read by position. A json may also be an object from
-    image to its captions. An image has as many captions as rows. Without a `split` column each image falls to a split
-    by `seed` and its name, whatever else is in the file: adding images does not move the others from the test to
-    training (but where there are so few that a split would be empty).
+    The file has any form that `showtell.annotations` reads. An image has as many captions as rows. Without a `split`
+    column each image falls into a split by `seed` and its name, whatever else is in the file: adding images does not
+    move the others from test to training (unless there are so few that a split would be empty).
 
     Args:
-        annotations: The table; by default the only one in `data_dir`, or the one named captions.
-        images: The folder that the names in the table are below; by default `data_dir`, or its `images/`.
-        val: The part of the images for validation, where the table has no splits.
-        test: The part for the test.
-        seed: Decides who falls where.
+        annotations: The caption file; by default the only one in `data_dir`, or the one named captions.
+        images: The folder that the names in the file are relative to; by default `data_dir`, or its `images/`.
+        val: The fraction of the images for validation, where the file has no splits.
+        test: The fraction for the test.
+        seed: Decides which image falls into which split.
     """
     _require_split("folder", split, ("train", "val", "test"))
     if val < 0 or test < 0 or val + test >= 1:
-        raise UserError(
-            f"val={val} and test={test} leave nothing to train on; give parts of 1 that add up to less than 1"
-        )
+        raise UserError(f"val={val} and test={test} leave nothing to train on; give fractions that sum to less than 1")
     path = find_table(data_dir) if annotations is None else Path(annotations)
     captions: dict[str, list[str]] = {}
-    splits: dict[str, str] = {}
-    for number, (file, texts, named_split) in enumerate(table_rows(path), 1):
-        captions.setdefault(file, []).extend(texts)
-        named_split = SPLIT_NAMES.get(named_split, named_split)
-        if named_split not in (None, "train", "val", "test"):
-            raise UserError(f"row {number} of {path} has the split {named_split!r}; write train, val or test")
-        if splits.setdefault(file, named_split) != named_split:
-            raise UserError(f"{path} puts {file} into two splits; write the same split in all rows of an image")
-    if not captions:
-        raise UserError(f"{path} has no rows; write one of image and caption for every caption")
+    splits: dict[str, str | None] = {}
+    identities: dict[str, int | str] = {}
+    for row in read_rows(path):
+        captions.setdefault(row.file, []).extend(row.captions)
+        identities.setdefault(row.file, row.image)
+        if splits.setdefault(row.file, row.split) != row.split:
+            raise UserError(f"{path} puts {row.file} into two splits; write the same split in all rows of an image")
     drawn = _draw_splits((file for file in captions if not splits[file]), val, test, seed)
     if images is not None:
         folder = _first_folder([Path(images), data_dir / images], "the images")
     else:
         candidates = (data_dir, data_dir / "images", path.parent)
         some = list(captions)[:20]
-        folder = max(candidates, key=lambda folder: sum((folder / file).is_file() for file in some))
-    records = [(file, file, texts) for file, texts in captions.items() if (splits[file] or drawn[file]) == split]
+        folder = max(candidates, key=lambda folder: sum(os.path.isfile(folder / file) for file in some))
+    chosen = [file for file in captions if (splits[file] or drawn[file]) == split]
+    records = [(identities[file], file, captions[file]) for file in chosen]
     if not records:
         raise UserError(
             f"none of the {len(captions)} images of {path} is in the split {split}; add images or choose another"
@@ -411,6 +401,7 @@ def read_folder(
     return _assemble("folder", split, records, folder, on_missing, max_missing)
 
 
+# A reader takes `split`, `data_dir` (a Path) unless it reads no files, and its own options by name.
 READERS: dict[str, Callable[..., CaptionSet]] = {
     "coco": read_coco,
     "karpathy": read_karpathy,
@@ -428,20 +419,19 @@ def _assemble(
     on_missing: str,
     max_missing: int | None,
 ) -> CaptionSet:
-    """A set of (id, file, captions) records, without the empty captions and the images whose file is not there."""
+    """Make a set of (id, file, captions) records; leave out empty captions and images whose file is missing."""
     if on_missing not in ("skip", "error"):
         raise UserError(f"on_missing={on_missing!r} is not known; write skip or error")
     image_ids, kept, files, missing, empty, total = [], [], [], [], 0, 0
     present: dict[str, set[str]] = {}  # one listing a folder: a hundred times faster than asking for each file
     for identity, file, captions in records:
         total += 1
-        texts = [" ".join(caption.split()) for caption in captions if isinstance(caption, str)]
-        texts = [text for text in texts if text]
+        texts = [text for caption in captions if (text := " ".join(caption.split()))]
         empty += len(captions) - len(texts)
         parent, base = os.path.split(file)
         if parent not in present:
             inside = folder / parent
-            present[parent] = set(os.listdir(inside)) if inside.is_dir() else set()
+            present[parent] = set(os.listdir(inside)) if os.path.isdir(inside) else set()
         if base not in present[parent]:
             missing.append(file)
         elif texts:
@@ -472,16 +462,31 @@ def _first_folder(candidates: Sequence[Path], what: str) -> Path:
     raise MissingFileError(f"there is no folder {' or '.join(map(str, candidates))}; put {what} there")
 
 
-def _require_keys(values: object, path: Path, keys: dict[str, type], expected: str) -> None:
+def _lists(path: Path, keys: Sequence[str], form: str) -> list[list]:
+    """Return the lists of these names in a json file's object."""
+    values = read_json(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds a json {type(values).__name__}; give {expected}")
-    for key, kind in keys.items():
-        if not isinstance(values.get(key), kind):
-            raise UserError(f"{path} has no {kind.__name__} named {key!r}; give {expected}")
+        raise UserError(f"{path} holds a json {type(values).__name__}; give {form}")
+    if absent := [key for key in keys if not isinstance(values.get(key), list)]:
+        raise UserError(f"{path} has no list named {absent[0]!r}; give {form}")
+    return [values[key] for key in keys]
+
+
+def _values(entry: object, kinds: dict[str, type | tuple[type, ...]], place: str) -> list:
+    """Return the values of these keys of a json object, each checked for its type."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} is {reprlib.repr(entry)}; write an object with {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        value = entry.get(key)
+        if key not in entry or not isinstance(value, kind) or isinstance(value, bool):
+            given = f"the {key} {reprlib.repr(value)}" if key in entry else f"no {key}"
+            accepted = {_ID: "a number or text", list: "a list"}.get(kind, "text")
+            raise UserError(f"{place} has {given}; write {accepted} for {key}")
+    return [entry[key] for key in kinds]
 
 
 def _draw_splits(files: Iterable[str], val: float, test: float, seed: int) -> dict[str, str]:
-    """A split for each file by a draw of its name; the extreme draws see to it that no split asked for is empty."""
+    """Draw a split for each file from its name; the extreme draws keep every requested split from being empty."""
     splits: dict[str, str] = {}
     unfilled = {name for name, part in (("test", test), ("val", val)) if part}
     draws = sorted((Random(f"{seed}/{file}").random(), file) for file in files)

@@ -204,7 +204,7 @@ def test_the_help_lists_every_command_and_recipe(capsys):
         (["train", "--out", "r", "--resume"], ["r holds no run to resume", "leave --resume out"]),
         (["evaluate", "--html", "."], [". is a folder", "name the file"]),
         (["evaluate", "--model", "absent"], ["no model absent", "checkpoint's path"]),
-        (["score", "r.json", "absent.json"], ["no file absent.json", "check the folder"]),
+        (["score", "r.json", "absent.json"], ["no file at absent.json", "check the folder"]),
         (["export", "--format", "legacy"], ["--out", "showtell export --help"]),
         (["import-legacy", "e.pkl", "d.pkl", "v.pkl", "--out", "m.safetensors"], ["no vocabulary at v.pkl"]),
     ],

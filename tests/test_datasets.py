@@ -1,19 +1,26 @@
-"""Each layout is read as it is meant, splits are by image, and what is wrong with a folder is said with its path."""
+"""Data sets and caption files: every layout, splits by image, and errors that name the file and the place."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from showtell.datasets import READERS, load
+from showtell.annotations import read_candidates, read_captions
+from showtell.datasets import READERS, CaptionSet, load
 from showtell.errors import MissingFileError, UserError
 from showtell.synthetic import check, describe, draw, export_coco, scene
+from showtell.transforms import BrokenImageError
 
 
 def write_images(folder: Path, names: list[str]) -> None:
@@ -161,10 +168,6 @@ def change(values: dict, what: str) -> object:
         del values["images"]
     elif what == "dict of annotations":
         values["annotations"] = {"1": "a star"}
-    elif what == "no file name":
-        del values["images"][1]["file_name"]
-    elif what == "no image id":
-        del values["annotations"][1]["image_id"]
     elif what == "all empty":
         for annotation in values["annotations"]:
             annotation["caption"] = ""
@@ -180,8 +183,6 @@ def change(values: dict, what: str) -> object:
         ("list", 'holds a json list; give COCO captions: an object with "images" and "annotations"'),
         ("no images", "has no list named 'images'"),
         ("dict of annotations", "has no list named 'annotations'"),
-        ("no file name", "has an entry without 'file_name'; give COCO's captions json"),
-        ("no image id", "has an entry without 'image_id'"),
     ],
 )
 def test_a_wrong_captions_json_is_named(coco, what, sentence):
@@ -190,6 +191,27 @@ def test_a_wrong_captions_json_is_named(coco, what, sentence):
     with pytest.raises(UserError) as caught:
         load("coco", coco)
     assert str(caught.value).startswith(f"{path} {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "sentence"),
+    [
+        ("images", {"id": 2}, "has no file_name; write text for file_name"),
+        ("images", {"id": 2, "file_name": 5}, "has the file_name 5; write text for file_name"),
+        ("images", {"id": [2], "file_name": "2.png"}, r"has the id \[2\]; write a number or text for id"),
+        ("annotations", 5, "is 5; write an object with id, image_id, caption"),
+        ("annotations", None, "is None; write an object with"),
+        ("annotations", {"id": 2, "caption": "a"}, "has no image_id; write a number or text for image_id"),
+        ("annotations", {"id": 2, "image_id": True, "caption": "a"}, "has the image_id True; write a number"),
+        ("annotations", {"id": 2, "image_id": 1, "caption": 7}, "has the caption 7; write text"),
+    ],
+)
+def test_a_wrong_entry_of_a_captions_json_is_named(coco, part, entry, sentence):
+    path, values = captions_file(coco)
+    for number in (0, 1):
+        write_json(path, values | {part: [*values[part][:number], entry, *values[part][number + 1 :]]})
+        with pytest.raises(UserError, match=f"^{part[:-1]} {number + 1} of {path} {sentence}"):
+            load("coco", coco)
 
 
 def test_captions_that_are_all_empty(coco):
@@ -212,7 +234,9 @@ def test_the_instances_file_in_place_of_the_captions(coco):
         (b"{'images': []}", "is not json: Expecting property name"),
         (b'{"images": [', "is not json: Expecting value"),
         (b"", "is not json: Expecting value"),
-        (b'{"a": "\xff\xfe"}', "is not UTF-8 at byte 7; save it as UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "is not json: it has a number of more than 4,300 digits; give complete json"),
+        (b"[" * 100_000, "is not json: it is nested too deeply"),
+        (b'{"a": "\xff\xfe"}', "is not UTF-8 text at byte 7; save it as UTF-8"),
     ],
 )
 def test_a_file_that_is_not_json(coco, data, sentence):
@@ -243,6 +267,33 @@ def test_unknown_names_splits_options_and_folders(coco, tmp_path):
         MissingFileError, match=r"there is no .*captions_train2017.json; give the folder that holds COCO's"
     ):
         load("coco", tmp_path)
+
+
+def test_a_registered_reader_is_a_data_set(monkeypatch, tmp_path, coco):
+    """A function and a line: with files or drawn, with options of its own, and joined with others."""
+
+    def read_names(data_dir: Path, split: str, upper: bool = False) -> CaptionSet:
+        files = sorted(path.name for path in data_dir.glob("*.png"))
+        captions = [[Path(file).stem.upper() if upper else Path(file).stem] for file in files]
+        return CaptionSet("names", split, files, captions, files, data_dir)
+
+    class Grey(CaptionSet):
+        def image(self, i):
+            return torch.full((3, 8, 8), i, dtype=torch.uint8)
+
+    monkeypatch.setitem(READERS, "names", read_names)
+    monkeypatch.setitem(READERS, "grey", lambda split: Grey("grey", split, [0, 1], [["black"], ["nearly black"]], []))
+    write_images(tmp_path / "n", ["dog.png", "cat.png"])
+    assert load("names", tmp_path / "n", "val", upper=True).captions == [["CAT"], ["DOG"]]
+    assert load("names,coco", f"{tmp_path / 'n'},{coco}").files[0] == str(tmp_path / "n" / "cat.png")
+    grey = load("grey")
+    assert [grey.path(1), grey.sources()[1]().unique().item()] == [None, 1]
+    with pytest.raises(UserError, match="the data set names has no option lower; it has upper"):
+        load("names", tmp_path / "n", lower=True)
+    with pytest.raises(UserError, match=r"no data set 'name'; choose one of coco, .*, synthetic, names, grey"):
+        load("name")
+    with pytest.raises(UserError, match="the data set grey is drawn and has no files to join"):
+        load("coco,grey", f"{coco},")
 
 
 @pytest.mark.parametrize(("name", "split"), [(name, "trian") for name in READERS] + [("coco", "test")])
@@ -291,17 +342,26 @@ def test_wrong_karpathy_files(tmp_path):
     path = tmp_path / "dataset_flickr8k.json"
     values = karpathy_json(None)
     for change_it, sentence in [
-        (lambda v: v["images"][1].pop("split"), "has an image without 'split'; each needs filename, split and"),
-        (lambda v: v["images"][1].update(imgid=0), "lists the image id 0 twice"),
-        (lambda v: v["images"].__delitem__(3), "has no images of the split test; it has restval, train, val"),
-        (lambda v: v.update(images={}), "has no list named 'images'; give Karpathy's splits"),
+        (lambda v: v["images"][1].pop("split"), "image 2 of PATH has no split; write text for split"),
+        (lambda v: v["images"][1].update(split=3), "image 2 of PATH has the split 3; write text"),
+        (
+            lambda v: v["images"][3].update(sentences=[5]),
+            "a sentence of image 4 of PATH is 5; write an object with raw",
+        ),
+        (lambda v: v["images"][1].update(imgid=0), "PATH lists the image id 0 twice"),
+        (
+            lambda v: v["images"][1].update(filename="./p0.png"),
+            "PATH lists the file p0.png twice; list each image once",
+        ),
+        (lambda v: v["images"].__delitem__(3), "PATH has no images of the split test; it has restval, train, val"),
+        (lambda v: v.update(images={}), "PATH has no list named 'images'; give Karpathy's splits"),
     ]:
         wrong = json.loads(json.dumps(values))
         change_it(wrong)
         write_json(path, wrong)
         with pytest.raises(UserError) as caught:
             load("karpathy", tmp_path, "test")
-        assert str(caught.value).startswith(f"{path} {sentence}")
+        assert str(caught.value).startswith(sentence.replace("PATH", str(path)))
 
 
 # ---- Flickr8k ----------------------------------------------------------------------------------------------------
@@ -337,7 +397,7 @@ def test_wrong_flickr8k_folders(small_flickr8k):
         with pytest.raises(UserError, match=sentence):
             load("flickr8k", small_flickr8k)
     tokens.unlink()
-    with pytest.raises(MissingFileError, match=r"there is no file .*Flickr8k\.token\.txt"):
+    with pytest.raises(MissingFileError, match=r"there is no file at .*Flickr8k\.token\.txt"):
         load("flickr8k", small_flickr8k)
     tokens.write_text(good)
     (small_flickr8k / "Flicker8k_Dataset").rename(small_flickr8k / "other")
@@ -345,7 +405,7 @@ def test_wrong_flickr8k_folders(small_flickr8k):
         load("flickr8k", small_flickr8k)
 
 
-# ---- One's own folder --------------------------------------------------------------------------------------------
+# ---- Caption files, and your own folder --------------------------------------------------------------------------
 
 ROWS = [(f"{n}.png", f'image {n}, said "{k}"') for n in range(4) for k in "ab"]
 EXPECTED = {f"{n}.png": [f'image {n}, said "{k}"' for k in "ab"] for n in range(4)}
@@ -360,24 +420,67 @@ TABLES = {
     "turned.csv": "text,FileName,length\r\n" + "".join(f"{quoted(c)},{f},3\r\n" for f, c in ROWS),
     "bare.csv": "".join(f"{f},{quoted(c)}\n\n" for f, c in ROWS),
     "bom.csv": "\ufefffile,sentence\n" + "".join(f"{f},{quoted(c)}\n" for f, c in ROWS),
+    "id and image.csv": "id,image,caption\n" + "".join(f"7,{f},{quoted(c)}\n" for f, c in ROWS),
+    "flickr30k.csv": "image_name| comment_number| comment\n" + "".join(f"{f}| 0| {c}\n" for f, c in ROWS),
+    "kaggle.txt": '"image","caption"\n' + "".join(f"{f},{quoted(c)}\n" for f, c in ROWS),
+    "bare.txt": "".join(f"{f}|{c}\n" for f, c in ROWS),
     "header.tsv": "path\tcaption\n" + "".join(f"{f}\t{c}\n" for f, c in ROWS),
     "bare.tsv": "".join(f"{f}\t{c}\n" for f, c in ROWS),
     "rows.json": json.dumps([{"file_name": f, "caption": c} for f, c in ROWS]),
+    "results.json": json.dumps([{"image_id": f, "caption": c} for f, c in ROWS]),
     "lists.json": json.dumps([{"image": f, "captions": c} for f, c in EXPECTED.items()]),
     "mapping.json": json.dumps(EXPECTED),
+    "spellings.json": json.dumps({a + f: cs[i] for f, cs in EXPECTED.items() for i, a in enumerate(("./", "a/../"))}),
     "rows.jsonl": "\n".join(json.dumps({"image": f, "text": c}) for f, c in ROWS) + "\n",
-}
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("under", [".", "images"])
-def test_a_table_and_images(tmp_path, table, under):
+@pytest.mark.parametrize("table", TABLES)
+def test_every_form_is_read_for_training_and_for_scoring(tmp_path, table, under):
     write_images(tmp_path / under, list(EXPECTED))
-    (tmp_path / table).write_bytes(TABLES[table].encode())
-    parts = [load("folder", tmp_path, split, val=0.25, test=0.25) for split in ("train", "val", "test")]
+    path = tmp_path / table
+    path.write_bytes(TABLES[table].encode())
+    assert read_captions(path) == EXPECTED
+    options = {"annotations": path} if path.suffix == ".txt" else {}
+    parts = [load("folder", tmp_path, split, val=0.25, test=0.25, **options) for split in ("train", "val", "test")]
     assert {f: c for part in parts for f, c in zip(part.image_ids, part.captions, strict=True)} == EXPECTED
     assert sum(map(len, parts)) == 4
     assert all(part.image(0).shape == (3, 8, 8) for part in parts)
+
+
+def test_coco_annotations_keep_ids_for_scoring_and_give_files_for_training(tmp_path):
+    write_images(tmp_path, list(EXPECTED))
+    images = [{"id": 100 + n, "file_name": f"./{n}.png"} for n in range(4)]
+    annotations = [{"id": k, "image_id": 100 + k // 2, "caption": caption} for k, (_, caption) in enumerate(ROWS)]
+    path = write_json(tmp_path / "captions.json", {"images": images, "annotations": annotations})
+    expected = {100 + n: captions for n, captions in enumerate(EXPECTED.values())}
+    assert read_captions(path) == {str(i): captions for i, captions in expected.items()}
+    read = load("folder", tmp_path, val=0, test=0)
+    assert dict(zip(read.image_ids, read.captions, strict=True)) == expected
+    assert read.files == list(EXPECTED)
+
+
+def test_ids_stay_as_they_are_written(tmp_path):
+    ids = ["139", "COCO_val2014_000000000139.jpg", "000139"]
+    assert list(read_captions(write_json(tmp_path / "a.json", {image: ["x"] for image in ids}))) == ids
+
+
+def test_a_caption_of_many_words_and_stray_quotation_marks(tmp_path):
+    long = "word " * 100_000
+    (tmp_path / "a.csv").write_text(f'image,caption\n1,"{long}"\n')
+    (tmp_path / "a.tsv").write_text('1\tsays "no\n2\ta\n')
+    assert read_captions(tmp_path / "a.csv") == {"1": [long]}
+    assert read_captions(tmp_path / "a.tsv") == {"1": ['says "no'], "2": ["a"]}
+
+
+def test_one_caption_an_image(tmp_path):
+    path = tmp_path / "a.json"
+    assert read_candidates(write_json(path, [{"image_id": 1, "caption": "a dog"}] * 2)) == {"1": "a dog"}
+    with pytest.raises(UserError, match="has 2 captions for image 1; give each image exactly one"):
+        read_candidates(write_json(path, {"1": ["a dog", "a cat"]}))
+    with pytest.raises(UserError, match="has 0 captions for image 1"):
+        read_candidates(write_json(path, {"1": []}))
 
 
 def own_folder(tmp_path: Path, n: int) -> Path:
@@ -428,43 +531,149 @@ def test_splits_that_the_table_names(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        (
-            "t.csv",
-            "0.png,a man, with a hat\n",
-            "row 1 of .* has the split 'with a hat'; write train, val or test",
-        ),
-        (
-            "t.csv",
-            "0.png,a man\n1.png,a man, with a hat\n",
-            "line 2 of .* has 3 columns; .* quotation marks around a capt",
-        ),
+        ("t.csv", "0.png,a man, with a hat\n", "line 1 of .* has the split ' with a hat'; write train, val or"),
+        ("t.csv", "0.png,a\n1.png,a man, in a hat\n", "line 2 of .* has 3 columns, not 2; .* quotation marks around a"),
         ("t.csv", "image,caption\n0.png,a man, smiling\n", "line 2 of .* has 3 columns"),
         ("t.csv", "image,caption\n0.png\n", "line 2 of .* has 1 columns"),
+        ("t.csv", "image,caption\n  ,a man\n", "line 2 of .* has no image and caption"),
         ("t.csv", "image,words\n0.png,a man\n", "the header of .* is image, words; name the columns image and caption"),
-        (
-            "t.csv",
-            'image,caption\n0.png,"a man\n1.png,a dog\n',
-            r"of .* is not a row \(unexpected end of data\); check its quot",
-        ),
-        ("t.csv", "", "has no rows; write one of image and caption for every caption"),
-        ("t.csv", "image,caption,split\n0.png,a,train\n0.png,b,val\n", "puts 0.png into two splits"),
-        ("t.json", '[{"image": "0.png"}]', "row 1 of .* has no image and caption"),
-        ("t.json", '["0.png"]', "row 1 of .* has no image and caption"),
-        ("t.json", '"0.png"', "holds a json str; give a list of objects"),
-        (
-            "t.json",
-            '{"images": [], "annotations": []}',
-            "holds an object with images; read it as the data set coco or karp",
-        ),
-        ("t.jsonl", '{"image": "0.png", "text": "a"}\n{oops\n', r"line 2 of .* is not json \(Expecting"),
-        ("t.txt", "0.png a man", "holds no csv, tsv, json or jsonl file; put one captions.csv there"),
+        ("t.csv", 'image,caption\n0.png,"a man\n', r"line 2 of .* is not a row \(unexpected end of data\); check"),
+        ("t.csv", "", "holds no captions; give csv or tsv with the columns image and caption"),
+        ("t.json", "{", "is not json: Expecting property name"),
+        ("t.json", "[]", "holds no captions; give"),
+        ("t.json", '"0.png"', "holds a json str; give"),
+        ("t.json", '[{"image": "0.png"}]', "entry 1 of .* has no image and caption; give csv or tsv"),
+        ("t.json", '["0.png"]', "entry 1 of .* has no image and caption"),
+        ("t.json", '[{"image_id": 1, "caption": null}]', "entry 1 of .* has the caption None; write captions as text"),
+        ("t.json", '[{"image_id": 1.5, "caption": "a"}]', "entry 1 of .* has the image 1.5; write ids as numbers"),
+        ("t.json", '[{"image_id": true, "caption": "a"}]', "has the image True"),
+        ("t.json", '{"1": ["a", 5]}', "entry '1' of .* has the caption 5"),
+        ("t.json", '{"1": {"caption": "a"}}', r"entry '1' of .* has the caption \{'caption': 'a'\}"),
+        ("t.json", '{"annotations": [{"id": 7, "caption": "a"}]}', "entry 1 of .* has no image and caption"),
+        ("t.json", '{"annotations": [5]}', "entry 1 of .* has no image and caption"),
+        ("t.json", '{"images": [{"filename": "0.png"}]}', "holds images but no annotations; read it as the data set"),
+        ("t.jsonl", '{"image": "0.png", "text": "a"}\n{oops\n', "line 2 of .* is not json: Expecting"),
+        ("t.jsonl", '{"image": "0.png", "text": "a", "split": 3}\n', "line 1 of .* has the split 3; write train"),
+        ("t.jsonl", "1" * 5000, "line 1 of .* is not json: it has a number of more than 4,300 digits"),
     ],
-)
-def test_wrong_tables(tmp_path, name, text, sentence):
-    write_images(tmp_path, ["0.png", "1.png"])
+)  # fmt: skip
+def test_a_wrong_caption_file_is_named_with_the_place(tmp_path, name, text, sentence):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=sentence):
+    for read in (lambda: load("folder", tmp_path), lambda: read_captions(tmp_path / name)):
+        with pytest.raises(UserError, match=sentence):
+            read()
+
+
+def test_a_folder_without_a_caption_file_and_an_image_in_two_splits(tmp_path):
+    (tmp_path / "t.txt").write_text("0.png a man")
+    with pytest.raises(MissingFileError, match=r"holds no csv, tsv, json or jsonl file; put one captions.csv there"):
         load("folder", tmp_path)
+    (tmp_path / "t.csv").write_text("image,caption,split\n0.png,a,train\n./0.png,b,val\n")
+    with pytest.raises(UserError, match=r"puts 0.png into two splits"):
+        load("folder", tmp_path)
+
+
+def test_two_spellings_of_a_path_are_one_image(tmp_path):
+    """In train and test both, an image would be scored that was trained on."""
+    names = [f"{n}.png" for n in range(60)]
+    write_images(tmp_path, names)
+    rows = "".join(f"{name},one\n./{name},two\na/../{name},three\n" for name in names)
+    (tmp_path / "captions.csv").write_text("image,caption\n" + rows)
+    parts = [load("folder", tmp_path, split, val=0.3, test=0.3) for split in ("train", "val", "test")]
+    assert sorted(file for part in parts for file in part.files) == sorted(names)
+    assert all(captions == ["one", "two", "three"] for part in parts for captions in part.captions)
+
+
+@pytest.mark.timeout(30)
+def test_pipes_and_devices_are_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "captions.csv")
+    for path in (tmp_path / "captions.csv", Path("/dev/zero")):
+        with pytest.raises(UserError, match=f"{path} is no regular file"):
+            read_captions(path)
+    with pytest.raises(UserError, match=r"captions.csv is no regular file \(a pipe, a socket or a device\)"):
+        load("folder", tmp_path)
+    (tmp_path / "captions.csv").unlink()
+    (tmp_path / "captions.csv").write_text("0.png,one\n")
+    os.mkfifo(tmp_path / "0.png")
+    with pytest.raises(BrokenImageError, match=r"0\.png cannot be read: it is no regular file"):
+        load("folder", tmp_path).image(0)
+
+
+# ---- Any json in any place ---------------------------------------------------------------------------------------
+
+DOCUMENTS = {
+    "coco": {
+        "images": [{"id": n, "file_name": f"{n}.png"} for n in range(2)],
+        "annotations": [{"id": n, "image_id": n, "caption": "a dog"} for n in range(2)],
+    },
+    "karpathy": {
+        "images": [
+            {
+                "cocoid": n,
+                "filepath": "images",
+                "filename": f"{n}.png",
+                "split": "train",
+                "sentences": [{"raw": "a dog"}],
+            }
+            for n in range(2)
+        ]
+    },
+    "list": [{"image": "0.png", "caption": "a dog", "split": "train"}, {"image_id": "1.png", "captions": ["a", "b"]}],
+    "mapping": {"0.png": "a dog", "1.png": ["a", "b"]},
+}
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.integers(0, 2), st.floats(), st.text(max_size=5),
+    st.sampled_from(["", ".", "..", "/", "\0", "\ud800", "0.png", "train", "x" * 300, "a/" * 3000, 10**4000]),
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["id", "image_id", "caption", "raw", "images", "x"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(value: object) -> list[tuple]:
+    """The path of every value in a json value."""
+    children = enumerate(value) if isinstance(value, list) else value.items() if isinstance(value, dict) else ()
+    return [(), *((key, *rest) for key, child in children for rest in places(child))]
+
+
+@pytest.fixture(scope="module")
+def small_coco(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mutations")
+    for name in ("images", "train2017"):
+        write_images(folder / name, ["0.png", "1.png"])
+    return folder
+
+
+@pytest.mark.parametrize("form", DOCUMENTS)
+@settings(max_examples=80)
+@given(data=st.data())
+def test_any_json_value_in_any_place_gives_a_caption_set_or_a_user_error(small_coco, form, data):
+    document = json.loads(json.dumps(DOCUMENTS[form]))
+    for _ in range(data.draw(st.integers(1, 2))):
+        *parents, last = ("top", *data.draw(st.sampled_from(places(document))))
+        holder = {"top": document}
+        target = functools.reduce(lambda value, key: value[key], parents, holder)
+        target[last] = data.draw(VALUES)
+        document = holder["top"]
+    path = small_coco / "annotations" / "captions_train2017.json"
+    write_json(path, document)
+    readers = [
+        lambda: load("coco", small_coco, max_missing=2),
+        lambda: load("karpathy", small_coco, annotations=path, max_missing=2),
+        lambda: load("folder", small_coco, annotations=path, max_missing=2),
+    ]
+    for read in readers:
+        with contextlib.suppress(UserError):
+            found = read()
+            assert all(isinstance(caption, str) for caption in found.all_captions())
+            assert len(found.sources()) == len(found.references()) == len(found) <= 2
+    with contextlib.suppress(UserError):
+        assert read_captions(path)
 
 
 def test_options_of_a_folder(tmp_path):
@@ -476,11 +685,11 @@ def test_options_of_a_folder(tmp_path):
         load("folder", tmp_path / "data")
     options = {"annotations": tmp_path / "data" / "two.csv", "images": tmp_path / "images"}
     assert set(load("folder", tmp_path / "data", **options).all_captions()) == {"two.csv"}
-    with pytest.raises(MissingFileError, match=r"there is no file .*three.csv"):
+    with pytest.raises(MissingFileError, match=r"there is no file at .*three.csv"):
         load("folder", tmp_path / "data", annotations=tmp_path / "data" / "three.csv")
-    with pytest.raises(UserError, match=r"is not a table this reads; give a csv, tsv, json or jsonl file"):
+    with pytest.raises(UserError, match=r"0.png is not UTF-8 text at byte 0"):
         load("folder", tmp_path / "data", annotations=tmp_path / "images" / "0.png")
-    with pytest.raises(UserError, match=r"val=0.5 and test=0.5 leave nothing to train on"):
+    with pytest.raises(UserError, match=r"val=0.5 and test=0.5 leave nothing to train on; give fractions"):
         load("folder", tmp_path / "data", val=0.5, test=0.5)
 
 
@@ -494,6 +703,7 @@ def test_the_synthetic_set_is_drawn_on_the_fly():
     assert torch.equal(drawn.image(2), torch.from_numpy(draw(scene(2, 3, "unseen"), 40)).permute(2, 0, 1))
     assert drawn.captions[2] == describe(scene(2, 3, "unseen"), seed=3)
     assert drawn.path(2) is None
+    assert all(torch.equal(source(), drawn.image(i)) for i, source in enumerate(drawn.sources()))
     assert all(check(caption, drawn.scene(2)).true for caption in drawn.captions[2])
     assert len(set(drawn.image_ids)) == 4
     with pytest.raises(UserError, match="size=8 is too small for synthetic images; use 16 or more"):
