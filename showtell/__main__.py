@@ -111,12 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1")
     _add_common(evaluate)
 
-    from showtell import scoring
-
-    score = add("score", _score, "score any captions against references, without a model")
-    scoring.add_arguments(score)
-    score.add_argument("--html", metavar="FILE", help="write a report on one system to look at")
-    score.add_argument("--images", metavar="DIR", help="the images, for the report")
+    _add_score(add("score", _score, "score any captions against references, without a model"))
 
     caption = add("caption", _caption, "caption images and folders of images")
     caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
@@ -179,6 +174,29 @@ def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic"
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="a checkpoint, a run folder or a released model's name")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    from showtell.tokenizer import TOKENIZERS
+
+    parser.add_argument("references", help="true captions: csv, tsv, jsonl, {id: [captions]} json or COCO annotations")
+    parser.add_argument("candidates", nargs="+", help="captions to score, one file for each system, or COCO results")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1, CIDEr to 10")
+    parser.add_argument("--html", metavar="FILE", help="write a report on one system")
+    parser.add_argument("--images", metavar="DIR", help="the images, for the report")
+    parser.add_argument("--allow-missing", action="store_true", help="score the images that are on both sides")
+    parser.add_argument(
+        "--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, as in publications"
+    )
+    parser.add_argument(
+        "--document-frequencies", metavar="CAPTIONS",
+        help="captions for CIDEr-D's document frequencies (default: the references)",
+    )  # fmt: skip
+    parser.add_argument("--training-captions", metavar="CAPTIONS", help="report the share of novel captions")
+    parser.add_argument("--no-java", dest="java", action="store_false", help="leave METEOR out even where it could run")
+    parser.add_argument("--spice", action="store_true", help="compute SPICE (Java, 8 GB; downloads 0.4 GB once)")
+    parser.add_argument("--no-intervals", dest="intervals", action="store_false", help="compute no intervals")
+    parser.add_argument("--seed", type=_seed, default=0, help="random seed of intervals and p-values (default 0)")
 
 
 def _add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -320,7 +338,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from showtell import scoring
+    from showtell import metrics, scoring
+    from showtell.annotations import read_captions
     from showtell.results import picture_finder, write_results
 
     if args.html and len(args.candidates) > 1:
@@ -328,10 +347,24 @@ def _score(args: argparse.Namespace) -> int:
     if args.images and not args.html:
         raise UserError("--images is for the report; add --html FILE")
     image = picture_finder(args.images, args.references) if args.images else lambda _: None
-    results = scoring.run(args)
+    frequencies = training = None
+    if args.document_frequencies:
+        captions = read_captions(args.document_frequencies)
+        frequencies = metrics.DocumentFrequencies.build(captions.values(), args.tokenizer)
+    if args.training_captions:
+        training = [caption for group in read_captions(args.training_captions).values() for caption in group]
+    results = scoring.score_files(
+        args.references, args.candidates, tokenizer=args.tokenizer, frequencies=frequencies,
+        allow_missing=args.allow_missing, java=args.java, spice=args.spice, intervals=args.intervals,
+        training_captions=training, seed=args.seed,
+    )  # fmt: skip
+    if args.json:
+        print(json.dumps({result.name: result.to_json() for result in results}, indent=1, ensure_ascii=False))
+    else:
+        print(scoring.format_table(results))
     if args.html:
         about = f"{results[0].name} against {args.references}"
-        write_results(args.html, results[0], scoring.read_captions(args.references), image, about)
+        write_results(args.html, results[0], read_captions(args.references), image, about)
         _say(f"the report: {args.html}")
     return 0
 

@@ -1,13 +1,13 @@
-"""`showtell score REFERENCES CANDIDATES [MORE …]`: the scores of any captions, from files, without a model.
+"""Score captions against references: from files or memory, one system or several, without a model or torch.
 
-Reads COCO annotation json, COCO results json, `{"id": ["…"]}` json and csv/tsv; checks that the images match; prints
-one table with intervals and the paired difference of several systems, or one JSON document. Needs numpy alone.
+    results = score_files("captions_val2017.json", ["mine.json", "baseline.csv"])
+    print(format_table(results))
+
+Checks that the images match, adds confidence intervals, and compares the later systems with the first.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,26 +28,23 @@ def _say(message: str) -> None:
 def _matched(
     references: Mapping[str, Sequence[str]], candidates: Mapping[str, str], name: str, allow_missing: bool
 ) -> tuple[dict[str, str], list[str]]:
-    """The candidates that can be scored, and notes on what is left out."""
-    described = {image for image, group in references.items() if group}
-    unknown = [image for image in candidates if image not in described]
-    absent = [image for image in described if image not in candidates]
-    if len(unknown) == len(candidates):
+    """Return the candidates that can be scored, and notes on what is left out."""
+    described = sorted(image for image, group in references.items() if group)
+    kept = {image: caption for image, caption in candidates.items() if references.get(image)}
+    unknown = [image for image in candidates if image not in kept]
+    absent = [image for image in described if image not in kept]
+    if not kept:
         raise UserError(
-            f"no image of {name} has references: it names {_some(unknown)}, the references {_some(sorted(described))}; "
+            f"no image of {name} has references: it names {_some(unknown)}, the references {_some(described)}; "
             "write the same image ids in both"
         )
-    if (unknown or absent) and not allow_missing:
-        parts = [f"{len(unknown)} of {len(candidates)} images have no references ({_some(unknown)})"] if unknown else []
-        if absent:
-            parts.append(f"{len(absent)} of {len(described)} images have no candidate ({_some(sorted(absent))})")
-        raise UserError(f"{name}: {' and '.join(parts)}; complete the files or score the rest with --allow-missing")
-    notes = [f"{len(unknown)} candidates without references were left out: {_some(unknown)}."] if unknown else []
+    parts = [f"{len(unknown)} of {len(candidates)} images have no references ({_some(unknown)})"] if unknown else []
     if absent:
-        notes.append(f"{len(absent)} images with references have no candidate and were left out: {_some(absent)}.")
-    kept = {image: caption for image, caption in candidates.items() if image in described}
-    empty = [image for image, caption in kept.items() if not caption.strip()]
-    if empty:
+        parts.append(f"{len(absent)} of {len(described)} images have no candidate ({_some(absent)})")
+    if parts and not allow_missing:
+        raise UserError(f"{name}: {' and '.join(parts)}; complete the files or score the rest with --allow-missing")
+    notes = [f"Left out: {part}." for part in parts]
+    if empty := [image for image, caption in kept.items() if not caption.strip()]:
         notes.append(f"{len(empty)} candidates are empty and score 0: {_some(empty)}.")
     return kept, notes
 
@@ -61,17 +58,17 @@ def _some(images: Sequence[str], n: int = 3) -> str:
 
 @dataclass
 class Result:
-    """What is known about one system.
+    """The scores of one system.
 
     Attributes:
-        name: its file's name.
-        scores: the scores, `scores.corpus[metric]` from 0 to 1 (CIDEr to 10).
+        name: the name of its file.
+        scores: `scores.corpus[metric]` is from 0 to 1 (CIDEr to 10).
         health: see `metrics.health`.
-        intervals: metric -> 95 % interval over images; empty where not asked for.
-        against: the name of the first system, which this one is compared with, if there are several.
-        differences: metric -> how this one differs from the first.
-        captions: its captions, by image.
-        missing: metric -> why it could not be computed and what to do about it.
+        captions: its captions by image.
+        intervals: metric -> 95 % interval over images, if requested.
+        against: the name of the first system, with which the later ones are compared.
+        differences: metric -> how this system differs from the first.
+        missing: metric -> why it was not computed and what to do about it.
     """
 
     name: str
@@ -84,7 +81,7 @@ class Result:
     missing: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, object]:
-        """The scores under their names, then `n_images`, `n_references`, `tokenizer`, `intervals`, `health` …"""
+        """Return the scores by name, then `n_images`, `n_references`, `tokenizer`, `intervals`, `health` …"""
         document: dict[str, object] = dict(self.scores.corpus)
         document |= {
             "n_images": self.scores.n_images,
@@ -118,14 +115,20 @@ def score_captions(
     seed: int = 0,
     announce: Callable[[str], None] = _say,
 ) -> list[Result]:
-    """Scores one system or several, each against the same references, and compares the later ones with the first.
+    """Score one or several systems against the same references, and compare the later ones with the first.
 
     Args:
         references: the true captions of each image.
         systems: name -> one caption for each image.
-        allow_missing: score the images on both sides instead of refusing when some are missing on one.
-        java: compute METEOR where pycocoevalcap and a Java are present.
-        spice: compute SPICE too, which may fetch a large file; `announce` is told before it does.
+        tokenizer: see `metrics.score`.
+        frequencies: see `metrics.score`.
+        allow_missing: score the images that are on both sides, instead of raising an error for the others.
+        java: compute METEOR where pycocoevalcap and Java are installed.
+        spice: also compute SPICE, which may download a large file; `announce` is called with a message first.
+        intervals: compute confidence intervals.
+        training_captions: for the share of novel captions, see `metrics.health`.
+        n_resamples: how many resamples give intervals and p-values.
+        seed: of the resamples.
 
     Raises:
         UserError: the images on the two sides differ, or see `metrics.score`.
@@ -155,7 +158,7 @@ def _add_java(
     spice: bool,
     announce: Callable[[str], None],
 ) -> None:
-    """Adds METEOR and SPICE, or why they are not there; all systems share one start of the jar."""
+    """Add METEOR and SPICE, or the reason why they are missing; the jar starts once for all systems."""
 
     def add(metric: str, wanted: bool, compute: Callable[[], np.ndarray], how: str) -> None:
         reason = how
@@ -172,7 +175,7 @@ def _add_java(
 
     true = [list(references[image]) for result in results for image in result.scores.ids]
     written = [result.captions[image] for result in results for image in result.scores.ids]
-    cut = TOKENIZERS["ptb"]  # METEOR's and SPICE's own rules stand on it, as in coco-caption
+    cut = TOKENIZERS["ptb"]  # METEOR expects its tokens, as in coco-caption
     add(
         "METEOR",
         java,
@@ -183,9 +186,10 @@ def _add_java(
 
 
 def score_files(references: str | Path, candidates: Sequence[str | Path], **options) -> list[Result]:
-    """Scores files of captions against a file of references; `options` are those of `score_captions`.
+    """Score caption files against a file of references; `options` are those of `score_captions`.
 
-    Systems are named after their files, or by the whole path where two files have one name.
+    Systems are named after their files, or by the whole path where two files have the same name. The files have any
+    form that `showtell.annotations` reads.
     """
     names = [Path(path).name for path in candidates]
     if len(set(names)) < len(names):
@@ -200,7 +204,7 @@ def score_files(references: str | Path, candidates: Sequence[str | Path], **opti
 
 
 def format_table(results: Sequence[Result]) -> str:
-    """The scores × 100 for people: what was scored, the table, the differences, the health, the notes."""
+    """Return the scores × 100 as text: what was scored, the table, differences, health and notes."""
     first = results[0].scores
     sizes = {(result.scores.n_images, result.scores.n_references) for result in results}
     what = ", ".join(f"{images:,} images with {references:,} references" for images, references in sorted(sizes))
@@ -239,24 +243,15 @@ def _p(p_value: float) -> str:
 
 
 def _health_rows(results: Sequence[Result]) -> list[list[str]]:
-    shown = [
-        ("different captions", "distinct", "{:.1%}"),
-        ("distinct-1, -2", None, ""),
-        ("words used", "words_used", "{:,}"),
-        ("not in the training set", "novel", "{:.1%}"),
-        ("mean length", "mean_length", "{:.1f} words"),
-        ("repeat themselves", "repeats", "{:.1%}"),
-        ("break off", "bad_endings", "{:.1%}"),
-        ("<unk> among words", "unk", "{:.1%}"),
-    ]
+    forms = {"words_used": "{:,}", "mean_length": "{:.1f} words", "distinct_1": "{:.3f}", "distinct_2": "{:.3f}"}
     rows = []
-    for label, key, form in shown:
-        if key is None:
-            cells = [f"{r.health['distinct_1']:.3f}, {r.health['distinct_2']:.3f}" for r in results]
-        else:
-            cells = ["-" if r.health[key] is None else form.format(r.health[key]) for r in results]
-        if set(cells) != {"-"}:
-            rows.append([label, *cells])
+    for key in results[0].health:
+        cells = [
+            "-" if (value := result.health[key]) is None else forms.get(key, "{:.1%}").format(value)
+            for result in results
+        ]
+        if key != "captions" and set(cells) != {"-"}:
+            rows.append([key.replace("_", " "), *cells])
     return rows
 
 
@@ -264,57 +259,3 @@ def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-# ---- the command ----
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `showtell score`."""
-    parser.add_argument("references", help="true captions: COCO annotation json, {id: [captions]} json, csv or tsv")
-    parser.add_argument(
-        "candidates", nargs="+", help="captions to score, a file for each system: the same or COCO results json"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one json document, values from 0 to 1, CIDEr 0 to 10"
-    )
-    parser.add_argument("--allow-missing", action="store_true", help="score the images that are on both sides")
-    parser.add_argument(
-        "--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, that of publications"
-    )
-    parser.add_argument(
-        "--document-frequencies", metavar="FILE", help="CIDEr-D's table, instead of the references' own"
-    )
-    parser.add_argument(
-        "--training-captions", metavar="FILE", help="to count the captions that are not in the training set"
-    )
-    parser.add_argument("--no-java", dest="java", action="store_false", help="leave METEOR out even where it could run")
-    parser.add_argument("--spice", action="store_true", help="compute SPICE (Java, 8 GB, fetches 0.4 GB on first use)")
-    parser.add_argument("--no-intervals", dest="intervals", action="store_false", help="leave the intervals out")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals and p-values (default 0)")
-
-
-def run(args: argparse.Namespace) -> list[Result]:
-    """Runs `showtell score` and prints what it asks for; mistakes of the user come out as `UserError`."""
-    frequencies = training = None
-    if args.document_frequencies:
-        frequencies = metrics.DocumentFrequencies.load(args.document_frequencies)
-    if args.training_captions:
-        training = [caption for group in read_captions(args.training_captions).values() for caption in group]
-    results = score_files(
-        args.references,
-        args.candidates,
-        tokenizer=args.tokenizer,
-        frequencies=frequencies,
-        allow_missing=args.allow_missing,
-        java=args.java,
-        spice=args.spice,
-        intervals=args.intervals,
-        training_captions=training,
-        seed=args.seed,
-    )
-    if args.json:
-        print(json.dumps({result.name: result.to_json() for result in results}, indent=1, ensure_ascii=False))
-    else:
-        print(format_table(results))
-    return results

@@ -1,17 +1,17 @@
-"""`showtell score`: the files it reads, the mistakes it names, the table and the document it prints."""
+"""`showtell score`: matching of images, errors, the table and the JSON document."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from showtell import java_metrics, metrics, scoring
-from showtell.errors import MissingFileError, UserError
-from showtell.scoring import format_table, read_candidates, read_captions, score_captions, score_files
+from showtell import java_metrics, metrics
+from showtell.__main__ import main
+from showtell.errors import UserError
+from showtell.scoring import format_table, score_captions, score_files
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text(encoding="utf-8"))
 REFERENCES = {"1": ["a dog runs", "a brown dog is running"], "2": ["a cat sleeps on a bed"], "30": ["two red buses"]}
@@ -32,79 +32,6 @@ def files(tmp_path) -> tuple[Path, Path]:
     return write(tmp_path / "true.json", REFERENCES), write(tmp_path / "system.json", results_json(CANDIDATES))
 
 
-# ---- reading ----
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", {"images": [{"id": 1}], "annotations": [{"image_id": 1, "caption": "a dog", "id": 7},
-                                                           {"image_id": 2, "caption": "one, two"},
-                                                           {"image_id": 1, "caption": "the dog"}]}),
-        ("a.json", [{"image_id": 1, "caption": "a dog"}, {"image_id": "1", "caption": "the dog"},
-                    {"image_id": 2, "caption": "one, two"}]),
-        ("a.json", {"1": ["a dog", "the dog"], "2": "one, two"}),
-        ("a.csv", 'image,caption\n1,a dog\n1,the dog\n2,"one, two"\n'),
-        ("a.csv", '\ufeffid;x,caption,image_id\nz,a dog,1\nz,the dog,1\nz,"one, two",2\n'),
-        ("a.csv", '1,a dog\r\n1,the dog\r\n\r\n2,"one, two"\r\n'),
-        ("a.tsv", "1\ta dog\n1\tthe dog\n2\tone, two\n"),
-        ("a.txt", "file_name\tcaption\n1\ta dog\n1\tthe dog\n2\tone, two\n"),
-    ],
-)  # fmt: skip
-def test_every_form_gives_the_same_captions(tmp_path, name, content):
-    assert read_captions(write(tmp_path / name, content)) == {"1": ["a dog", "the dog"], "2": ["one, two"]}
-
-
-def test_ids_stay_as_they_are_written(tmp_path):
-    ids = ["139", "COCO_val2014_000000000139.jpg", "000139"]
-    assert list(read_captions(write(tmp_path / "a.json", {image: ["x"] for image in ids}))) == ids
-
-
-def test_a_caption_of_ten_thousand_words_and_stray_quotation_marks(tmp_path):
-    long = "word " * 100_000
-    assert read_captions(write(tmp_path / "a.csv", f'image,caption\n1,"{long}"\n')) == {"1": [long]}
-    assert read_captions(write(tmp_path / "a.tsv", '1\tsays "no\n2\ta\n')) == {"1": ['says "no'], "2": ["a"]}
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.json", "{", "is not json"),
-        ("a.json", "3", "holds a json int; give COCO annotation json"),
-        ("a.json", [], "holds no captions; give COCO annotation json"),
-        ("a.json", [{"image_id": 1}], "entry 1 of .* has no image_id and caption"),
-        ("a.json", [{"image_id": 1, "caption": None}], "image 1 of .* has the caption null; write captions as text"),
-        ("a.json", [{"image_id": 1.5, "caption": "a"}], "names an image 1.5; write image ids as numbers or text"),
-        ("a.json", [{"image_id": True, "caption": "a"}], "names an image True"),
-        ("a.json", {"1": ["a", 5]}, "image 1 of .* has the caption 5"),
-        ("a.json", {"1": {"caption": "a"}}, "holds an object under '1'"),
-        ("a.csv", "image,caption\n1,a dog, and a cat\n", "line 2 of .* has 3 columns, not 2"),
-        ("a.csv", 'image,caption\n1,"a dog\n', "line 2 of .* is no csv row"),
-        ("a.csv", "", "holds no captions"),
-    ],
-)
-def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
-    with pytest.raises(UserError, match=message):
-        read_captions(write(tmp_path / name, content))
-
-
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(MissingFileError, match=r"there is no file .*none\.json"):
-        read_captions(tmp_path / "none.json")
-    (tmp_path / "latin.csv").write_bytes("image,caption\n1,café\n".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8"):
-        read_captions(tmp_path / "latin.csv")
-
-
-def test_one_caption_an_image(tmp_path):
-    twice = write(tmp_path / "a.json", [{"image_id": 1, "caption": "a dog"}] * 2)
-    assert read_candidates(twice) == {"1": "a dog"}
-    with pytest.raises(UserError, match="has 2 captions for image 1; give each image exactly one"):
-        read_candidates(write(tmp_path / "b.json", {"1": ["a dog", "a cat"]}))
-    with pytest.raises(UserError, match="has 0 captions for image 1"):
-        read_candidates(write(tmp_path / "c.json", {"1": []}))
-
-
 # ---- matching ----
 
 
@@ -118,8 +45,8 @@ def test_missing_images_are_named_on_both_sides():
     )
     [result] = score_captions(REFERENCES, {"mine": candidates}, java=False, allow_missing=True)
     assert result.scores.ids == ["1"]
-    assert result.scores.notes[0].startswith("4 candidates without references were left out")
-    assert result.scores.notes[1].startswith("2 images with references have no candidate")
+    assert result.scores.notes[0] == "Left out: 4 of 5 images have no references ('9', '8', '7', …)."
+    assert result.scores.notes[1] == "Left out: 2 of 3 images have no candidate ('2', '30')."
 
 
 def test_no_common_image_shows_both_ways_of_writing():
@@ -136,21 +63,18 @@ def test_empty_candidates_score_nothing_and_are_said():
 # ---- the whole command ----
 
 
-def run(capsys, *arguments: object) -> tuple[list[scoring.Result], str]:
-    parser = argparse.ArgumentParser()
-    scoring.add_arguments(parser)
-    results = scoring.run(parser.parse_args([str(argument) for argument in arguments]))
-    return results, capsys.readouterr().out
+def run(capsys, *arguments: object) -> str:
+    assert main(["score", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
 
 
 def test_json_is_one_document_of_the_scores(capsys, files):
-    results, out = run(capsys, *files, "--json", "--no-java")
+    out = run(capsys, *files, "--json", "--no-java")
     document = json.loads(out)
-    assert [result.name for result in results] == ["system.json"]
     assert list(document) == ["system.json"]
     expected = metrics.score(REFERENCES, CANDIDATES)
     got = document["system.json"]
-    assert list(got)[:8] == list(metrics.METRICS)
+    assert list(got)[:8] == ["Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr", "SPICE"]
     for metric in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"):
         assert got[metric] == expected[metric]
         low, high = got["intervals"][metric]
@@ -165,12 +89,12 @@ def test_json_is_one_document_of_the_scores(capsys, files):
 
 
 def test_the_table_says_what_was_scored(capsys, files):
-    _, out = run(capsys, *files, "--no-java")
+    out = run(capsys, *files, "--no-java")
     assert out.startswith("3 images with 4 references; tokeniser ptb; scores × 100, 95 % intervals over images\n")
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()}
     assert float(rows["CIDEr-D"][0]) == round(100 * metrics.score(REFERENCES, CANDIDATES)["CIDEr"], 1)
     assert rows["METEOR"] == ["-", "left", "out", "with", "--no-java"]
-    _, out = run(capsys, *files, "--no-java", "--no-intervals")
+    out = run(capsys, *files, "--no-java", "--no-intervals")
     assert "[" not in out
     assert "interval" not in out
 
@@ -179,7 +103,7 @@ def test_two_systems_are_compared(capsys, tmp_path):
     references = write(tmp_path / "true.json", GOLDEN["references"])
     good = write(tmp_path / "good.json", {image: group[0] for image, group in GOLDEN["references"].items()})
     plain = write(tmp_path / "plain.json", GOLDEN["candidates"])
-    _, out = run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4)
+    out = run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4)
     document = json.loads(out)
     paired = document["good.json"]["paired"]
     assert paired["against"] == "plain.json"
@@ -188,8 +112,8 @@ def test_two_systems_are_compared(capsys, tmp_path):
     assert cider["difference"] == pytest.approx(document["good.json"]["CIDEr"] - document["plain.json"]["CIDEr"])
     assert 0 < cider["low"] < cider["difference"] < cider["high"]
     assert cider["p_value"] < 0.01
-    assert run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4)[1] == out
-    _, table = run(capsys, references, plain, good, "--no-java")
+    assert run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4) == out
+    table = run(capsys, references, plain, good, "--no-java")
     assert "good.json minus plain.json" in table
     assert "p < 0.002" in table
 
@@ -203,14 +127,44 @@ def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path, files):
         score_files(files[0], [other, other], java=False)
 
 
-def test_training_captions_and_a_frequency_table(capsys, tmp_path, files):
+@pytest.mark.parametrize("tokenizer", ["ptb", "words"])
+def test_training_captions_and_document_frequencies(capsys, tmp_path, files, tokenizer):
+    """The frequencies are counted from any caption file, with the tokeniser of the scores."""
     training = write(tmp_path / "training.json", {"x": ["A dog is running.", "a horse"]})
-    table = tmp_path / "table.json.gz"
-    metrics.DocumentFrequencies.build(GOLDEN["references"].values()).save(table)
-    options = ("--json", "--no-java", "--training-captions", training, "--document-frequencies", table)
-    got = json.loads(run(capsys, *files, *options)[1])["system.json"]
+    corpus = write(
+        tmp_path / "corpus.csv", "image,caption\n1,A brown dog's bed\n1,a dog\n2,the dog's bus\n3,two red buses\n"
+    )
+    options = ["--json", "--no-java", "--training-captions", training, "--tokenizer", tokenizer]
+    got = json.loads(run(capsys, *files, *options, "--document-frequencies", corpus))["system.json"]
     assert got["health"]["novel"] == pytest.approx(2 / 3)
-    assert got["CIDEr"] != metrics.score(REFERENCES, CANDIDATES)["CIDEr"]
+    groups = [["A brown dog's bed", "a dog"], ["the dog's bus"], ["two red buses"]]
+    frequencies = metrics.DocumentFrequencies.build(groups, tokenizer)
+    expected = metrics.score(REFERENCES, CANDIDATES, tokenizer=tokenizer, frequencies=frequencies)["CIDEr"]
+    assert got["CIDEr"] == expected != metrics.score(REFERENCES, CANDIDATES, tokenizer=tokenizer)["CIDEr"]
+
+
+def test_a_negative_seed_is_an_error_in_one_sentence(capsys, files):
+    assert main(["score", *map(str, files), "--seed", "-5"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("showtell: argument --seed: '-5'")
+
+
+def test_the_table_names_health_as_the_json_does(capsys, files):
+    health = json.loads(run(capsys, *files, "--no-java", "--json"))["system.json"]["health"]
+    shown = run(capsys, *files, "--no-java").partition("\n\ndistinct")[2]
+    assert all(
+        key.replace("_", " ") in f"distinct{shown}" for key, value in health.items() if value and key != "captions"
+    )
+    assert "bad endings" in shown
+
+
+def test_spellings_of_a_path_match(tmp_path):
+    references = write(tmp_path / "true.csv", "image,caption\n./1.png,a dog\n2.png,a cat\n")
+    candidates = write(
+        tmp_path / "system.jsonl", '{"image": "1.png", "caption": "a dog"}\n{"image": "a/../2.png", "text": "a"}\n'
+    )
+    [result] = score_files(references, [candidates], java=False, intervals=False)
+    assert result.scores.ids == ["1.png", "2.png"]
 
 
 def test_one_image_says_why_cider_is_zero():
@@ -267,7 +221,7 @@ def test_meteor_comes_by_itself_for_every_system(capsys, tmp_path):
     references = write(tmp_path / "true.json", GOLDEN["references"])
     plain = write(tmp_path / "plain.json", GOLDEN["candidates"])
     good = write(tmp_path / "good.json", {image: group[0] for image, group in GOLDEN["references"].items()})
-    document = json.loads(run(capsys, references, plain, good, "--json")[1])
+    document = json.loads(run(capsys, references, plain, good, "--json"))
     assert document["plain.json"]["METEOR"] == pytest.approx(GOLDEN["scores"]["METEOR"], abs=1e-9)
     low, high = document["plain.json"]["intervals"]["METEOR"]
     assert low < document["plain.json"]["METEOR"] < high
@@ -285,6 +239,6 @@ def test_the_file_of_2500_coco_images_scores_in_seconds(capsys, shared_data, tmp
     rows = [{"image_id": int(i), "caption": c} for i, group in golden["references"].items() for c in group]
     references = write(tmp_path / "captions_val2017.json", {"images": [], "annotations": rows})
     candidates = write(tmp_path / "results.json", results_json(golden["candidates"]))
-    got = json.loads(run(capsys, references, candidates, "--json", "--no-java")[1])["results.json"]
+    got = json.loads(run(capsys, references, candidates, "--json", "--no-java"))["results.json"]
     for metric in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"):
         assert got[metric] == pytest.approx(golden["scores"][metric], abs=1e-9)
