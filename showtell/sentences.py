@@ -1,6 +1,6 @@
-"""What can be said of a scene of coloured shapes: true sentences about it, and a judge of any sentence.
+"""Sentences about scenes of coloured shapes: generate true ones, and check any sentence against a scene.
 
-The grammar, in which a group is one thing or two or three equal ones:
+The grammar; a group is one thing, or two or three equal ones:
 
     sentence = [opener] group {(relation | "and") group}     a small red circle left of two blue squares
              | place verb group {(relation | "and") group}   in the top left is a red circle
@@ -46,7 +46,7 @@ PLACES = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn shape: its centre `x`, `y` (0 to 1, down and right) and `radius`, as parts of the image's side."""
+    """One drawn shape: its centre `x`, `y` (to the right and down) and `radius`, as fractions of the image's side."""
 
     shape: str
     color: str
@@ -57,29 +57,31 @@ class Thing:
 
     @property
     def kind(self) -> tuple[str, str, str]:
-        """What makes two things equal: (size, color, shape)."""
+        """(size, color, shape): two things of the same kind are equal."""
         return self.size, self.color, self.shape
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one image: the things and the background's RGB."""
+    """The contents of one image: the things and the background's RGB."""
 
     things: tuple[Thing, ...]
     background: tuple[int, int, int] = (255, 255, 255)
 
     def groups(self) -> list[tuple[Thing, ...]]:
-        """The things, equal ones together: what a sentence calls "a red circle" or "two red circles"."""
+        """Group equal things, which a sentence names together: "two red circles"."""
         kinds = dict.fromkeys(thing.kind for thing in self.things)
         return [tuple(thing for thing in self.things if thing.kind == kind) for kind in kinds]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `check` found.
+    """The result of `check`.
 
-    `true` says that everything in the sentence holds, `complete` that number, colour and shape of everything drawn are
-    named (a bare singular, "red circle", names the number one). `problems` is empty only if both are so.
+    Attributes:
+        true: everything in the sentence holds.
+        complete: the sentence names the number, colour and shape of everything drawn ("red circle" means one).
+        problems: empty only if the sentence is true and complete.
     """
 
     true: bool
@@ -88,10 +90,10 @@ class Verdict:
 
 
 def describe(scene: Scene, n: int = 5, seed: int = 0) -> list[str]:
-    """Says `n` differing sentences of 4 to 16 words, each true and complete; the same arguments say the same.
+    """Generate `n` different sentences of 4 to 16 words, each true and complete; a function of its arguments.
 
-    They differ in the order of the groups, in openers, articles, sizes, places and relations. Only places and
-    relations that are clear to the eye are said; `check` accepts a little more.
+    They differ in the order of the groups, in openers, articles, sizes, places and relations. Places and relations are
+    used only where they are visually clear; `check` accepts slightly more.
 
     Raises:
         UserError: the scene has fewer than `n` sentences (every scene of `scene` has at least 6).
@@ -106,15 +108,16 @@ def describe(scene: Scene, n: int = 5, seed: int = 0) -> list[str]:
         if 4 <= len(sentence.split()) <= 16:
             sentences[sentence] = None
     if len(sentences) < n:
-        raise UserError(f"only {len(sentences)} differing sentences were found for a scene; ask for {n} of fewer")
+        raise UserError(f"a scene has only {len(sentences)} different sentences, not {n}; ask for fewer")
     return list(sentences)
 
 
 def check(sentence: str, scene: Scene) -> Verdict:
-    """Judges a sentence of the grammar, from a model or a person; capitals and a final period do not matter.
+    """Check a sentence of the grammar, generated or written; capitals and a final period are ignored.
 
-    A group's name must fit a group of the scene exactly in number; "left of" must hold for every thing of both groups
-    and not be a far diagonal; a place after a name is that group's place. What cannot be parsed is not true.
+    A mention must match a group of the scene with its exact number. "left of" must hold for all things of both groups
+    and must not be mainly vertical. A place after a mention is that group's place. A sentence that does not parse is
+    false.
     """
     try:
         mentions, links = _Parser(sentence).parse()
@@ -123,18 +126,18 @@ def check(sentence: str, scene: Scene) -> Verdict:
     groups = scene.groups()
     if len(mentions) > len(groups):
         return Verdict(False, False, [f"the sentence names {len(mentions)} groups and the image has {len(groups)}"])
-    # Which name means which group is not said: the reading that leaves least to object to.
-    verdicts = [_judge(mentions, links, chosen, groups) for chosen in permutations(groups, len(mentions))]
+    # A sentence does not define which mention means which group: take the assignment with the fewest problems.
+    verdicts = [_verdict(mentions, links, chosen, groups) for chosen in permutations(groups, len(mentions))]
     return min(verdicts, key=lambda verdict: (not verdict.true, not verdict.complete, len(verdict.problems)))
 
 
 def pick(rng: Random, options: Sequence):
-    """One of the options, the same for ever: Python promises that of `random()` and not of `choice`."""
+    """Return a random option, the same in every Python version, which `choice` does not guarantee."""
     return options[int(rng.random() * len(options))]
 
 
 def related(first: Sequence[Thing], relation: str, second: Sequence[Thing], clearly: bool = False) -> bool:
-    """Whether every thing of `first` is left of (…) every thing of `second`, and that is not a mere side effect."""
+    """Return whether all of `first` are left of (…) all of `second`, and that is the main direction between them."""
     if relation in ("right of", "below"):
         return related(second, {"right of": "left of", "below": "above"}[relation], first, clearly)
     along, across = ("x", "y") if relation == "left of" else ("y", "x")
@@ -148,7 +151,7 @@ def related(first: Sequence[Thing], relation: str, second: Sequence[Thing], clea
 
 
 def _placed(group: Sequence[Thing], place: str, clearly: bool = False) -> bool:
-    """Whether every thing's centre is in that part of the image."""
+    """Return whether every thing's centre is in that part of the image."""
     edge, middle = (0.35, 0.09) if clearly else (0.42, 0.14)
     inside = {
         "left": lambda x, y: x < edge,
@@ -161,7 +164,7 @@ def _placed(group: Sequence[Thing], place: str, clearly: bool = False) -> bool:
 
 
 def _sentence(rng: Random, groups: Sequence[Sequence[Thing]]) -> str:
-    groups = sorted(groups, key=lambda group: sum(thing.x for thing in group) / len(group))  # as one reads
+    groups = sorted(groups, key=lambda group: sum(thing.x for thing in group) / len(group))  # from left to right
     style = rng.random()
     number = "" if style < 0.12 else "one" if style < 0.24 else "a"
     relate = rng.random() < 0.5
@@ -215,7 +218,7 @@ _NOUNS = {noun: shape for shape in SHAPES for noun in (shape, f"{shape}s")}
 
 @dataclass(frozen=True)
 class _Mention:
-    """A group as a sentence names it; `number` is None for a bare plural, `size` and `place` where they are unsaid."""
+    """A group as a sentence names it; `number` is None for a bare plural, `size` and `place` if they are not named."""
 
     text: str
     number: int | None
@@ -230,14 +233,14 @@ class _GrammarError(Exception):
 
 
 class _Parser:
-    """Reads one sentence of the module's grammar into its mentions and the relations between them."""
+    """Parse a sentence of the module's grammar into its mentions and the relations between them."""
 
     def __init__(self, sentence: str):
         self.words = sentence.strip().lower().removesuffix(".").split()
         self.at = 0
 
     def parse(self) -> tuple[list[_Mention], list[tuple[int, str, int]]]:
-        """The mentions, and links (i, relation, j) that say "mention i is left of mention j"."""
+        """Return the mentions, and links (i, relation, j): "mention i is left of mention j"."""
         if relation := self.one_of(RELATIONS):
             other, verb = self.mention(), self.verb()
             mentions, links = [self.mention(), other], [(0, relation, 1)]
@@ -247,7 +250,7 @@ class _Parser:
             verb = self.verb() if place or opener in ("there", "here") else None
             first = self.mention()
             if place and first.place:
-                raise _GrammarError(f'"{first.text}" is said to be in two places')
+                raise _GrammarError(f'"{first.text}" has two places')
             mentions, links = [replace(first, place=place or first.place)], []
             while (word := self.one_of((*RELATIONS, "and"))) is not None:
                 mentions.append(self.mention())
@@ -277,7 +280,7 @@ class _Parser:
         return self.one_of(("is", "are")) or self.fail('"is" or "are"')
 
     def one_of(self, phrases: Iterable[str]) -> str | None:
-        """Takes the phrase that comes next, if it is one of these; none of them begins another."""
+        """Consume and return the next phrase if it is one of these; none of them is the beginning of another."""
         for phrase in phrases:
             words = phrase.split()
             if self.words[self.at : self.at + len(words)] == words:
@@ -287,38 +290,38 @@ class _Parser:
 
     def fail(self, expected: str) -> NoReturn:
         found = f'"{self.words[self.at]}"' if self.at < len(self.words) else "the end"
-        raise _GrammarError(f"word {self.at + 1}: {expected} was expected and {found} found")
+        raise _GrammarError(f"word {self.at + 1}: expected {expected}, found {found}")
 
 
-def _judge(
+def _verdict(
     mentions: list[_Mention],
     links: list[tuple[int, str, int]],
     chosen: Sequence[Sequence[Thing]],
     groups: list[tuple[Thing, ...]],
 ) -> Verdict:
-    """The verdict if mention i means the group `chosen[i]`."""
+    """Return the verdict if mention i means the group `chosen[i]`."""
     wrong, vague, named = [], [], []
     for mention, group in zip(mentions, chosen, strict=True):
         size, color, shape = group[0].kind
         number_fits = len(group) == mention.number or (mention.number is None and len(group) > 1)
         if not (number_fits and (mention.color, mention.shape) == (color, shape)):
-            wrong.append(f'there is no "{mention.text}"; nearest to it is {_say(group)}')
+            wrong.append(f'there is no "{mention.text}"; nearest to it is {_name_of(group)}')
             continue
         named.append(group)
         if mention.number is None:
-            vague.append(f'"{mention.text}" does not say how many')
+            vague.append(f'"{mention.text}" does not name a number')
         if mention.size not in (None, size):
-            wrong.append(f"{_say(group)} is not {mention.size}")
+            wrong.append(f"{_name_of(group)} is not {mention.size}")
         if mention.place and not _placed(group, mention.place):
-            wrong.append(f"{_say(group)} is not {mention.place}")
+            wrong.append(f"{_name_of(group)} is not {mention.place}")
     for i, relation, j in links:
         if not related(chosen[i], relation, chosen[j]):
-            wrong.append(f"{_say(chosen[i])} is not {relation} {_say(chosen[j])}")
-    vague += [f"{_say(group)} is not named" for group in groups if group not in named]
+            wrong.append(f"{_name_of(chosen[i])} is not {relation} {_name_of(chosen[j])}")
+    vague += [f"{_name_of(group)} is not named" for group in groups if group not in named]
     return Verdict(not wrong, not vague, wrong + vague)
 
 
-def _say(group: Sequence[Thing]) -> str:
+def _name_of(group: Sequence[Thing]) -> str:
     number = "the" if len(group) == 1 else f"the {len(group)}"
     noun = group[0].shape if len(group) == 1 else f"{group[0].shape}s"
     return f"{number} {group[0].size} {group[0].color} {noun}"

@@ -1,7 +1,7 @@
-"""Images of coloured shapes with sentences that are true of them: a data set with no download.
+"""A synthetic data set without a download: images of coloured shapes with true sentences.
 
-A `Scene` is a pure function of (index, seed, split); `draw` makes its image, `describe` its sentences, and `check`
-says whether any sentence is true of it and names all that is in it. The sentences are `showtell/sentences.py`.
+A `Scene` is a pure function of (index, seed, split); `draw` renders its image, `describe` generates its sentences, and
+`check` decides whether a sentence is true and complete (both are in `showtell/sentences.py`).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = [
 SPLITS = ("train", "val", "test", "unseen")
 MIN_SIZE = 16
 BACKGROUNDS = ((246, 246, 244), (226, 230, 234), (232, 240, 250), (248, 240, 226), (230, 242, 228), (246, 230, 236))
-# Each shape misses one colour and no colour is missed twice, so that every word is learnt in many other pairs.
+# One colour is held out for each shape, each time another one, so every word is seen in many other pairs.
 HELD_OUT = frozenset({("green", "circle"), ("yellow", "square"), ("blue", "triangle"), ("red", "star")})
 
 _RADII = {"small": (0.09, 0.1), "large": (0.155, 0.175)}
-_EXTENT = 1.14  # no shape reaches farther than this many radii from its centre
-_GAP = 0.02  # kept free between things and along the border, as a part of the image's side
+_EXTENT = 1.14  # the farthest point of any shape from its centre, in radii
+_GAP = 0.02  # the least distance between things and to the border, as a fraction of the image's side
 _SQUARE = 0.8  # half a square's side, in radii
 # Tips and inner radius: a triangle is a star with straight sides.
 _TIPS = {"triangle": (3, _EXTENT / 2), "star": (5, 0.48)}
@@ -39,11 +39,11 @@ _UNSEEN = tuple(sorted(HELD_OUT))
 
 
 def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
-    """Makes scene number `index` of a split: the same arguments always give the same scene.
+    """Make scene number `index` of a split: the same arguments always give the same scene.
 
-    Scenes hold one or two groups, at most one of them of two equal things. Nothing overlaps or touches the
-    border, and between two groups at least one relation is clear. `train`, `val` and `test` never show a (color,
-    shape) pair of `HELD_OUT`; every scene of `unseen` shows one.
+    A scene has one or two groups, at most one of them of two equal things. Nothing overlaps or touches the border, and
+    at least one relation between two groups is clear. `train`, `val` and `test` never contain a (color, shape) pair of
+    `HELD_OUT`; every scene of `unseen` contains one.
 
     Raises:
         UserError: there is no such split.
@@ -75,10 +75,10 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
 
 
 def draw(scene: Scene, size: int = 64) -> np.ndarray:
-    """Draws a scene at any resolution, antialiased: (size, size, 3) uint8 RGB.
+    """Draw a scene at any resolution, antialiased: (size, size, 3) uint8 RGB.
 
     Raises:
-        UserError: `size` is below `MIN_SIZE`, where the shapes cannot be told apart.
+        UserError: `size` is below `MIN_SIZE`, where shapes are not distinguishable.
     """
     if size < MIN_SIZE:
         raise UserError(f"a synthetic image of {size} pixels is too small to show shapes; use {MIN_SIZE} or more")
@@ -91,7 +91,7 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
         patch = canvas[top:bottom, left:right]
         x = np.arange(left, left + patch.shape[1], dtype=np.float32) + (0.5 - thing.x * size)
         y = np.arange(top, top + patch.shape[0], dtype=np.float32)[:, None] + (0.5 - thing.y * size)
-        # A pixel is covered by as much as the outline, nearly straight there, leaves of it.
+        # A pixel's coverage, from the distance of its centre to the outline, which is nearly straight within a pixel.
         coverage = np.clip(0.5 - _distance(thing.shape, x, y, thing.radius * size), 0, 1)[..., None]
         patch += coverage * (np.array(COLORS[thing.color], np.float32) - patch)
     return (canvas + 0.5).astype(np.uint8)
@@ -100,9 +100,9 @@ def draw(scene: Scene, size: int = 64) -> np.ndarray:
 def export_coco(
     folder: str | os.PathLike, n_train: int = 1000, n_val: int = 200, size: int = 128, seed: int = 0
 ) -> None:
-    """Writes scenes as a COCO folder: `train2017/`, `val2017/` and `annotations/{captions,instances}_*2017.json`.
+    """Write scenes as a COCO folder: `train2017/`, `val2017/` and `annotations/{captions,instances}_*2017.json`.
 
-    pycocotools reads it as it reads COCO: five captions an image; a category, box, area and outline a thing.
+    pycocotools reads it like COCO: five captions for each image; a category, box, area and outline for each thing.
     """
     from PIL import Image
 
@@ -132,7 +132,7 @@ def export_coco(
 
 
 def _scatter(rng: Random, radii: list[float]) -> list[tuple[float, float]]:
-    """Random centres for things of these radii, apart from each other and from the border."""
+    """Draw centres for things of these radii, with a gap between them and to the border."""
     while True:
         centers: list[tuple[float, float]] = []
         for radius in radii:
@@ -152,7 +152,7 @@ def _scatter(rng: Random, radii: list[float]) -> list[tuple[float, float]]:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """The corners of a shape of radius 1 about (0, 0), y down; a circle's are many."""
+    """Return the corners of a shape of radius 1 around (0, 0), y down; a circle is a polygon of 24 corners."""
     if shape == "square":
         return [(-_SQUARE, -_SQUARE), (_SQUARE, -_SQUARE), (_SQUARE, _SQUARE), (-_SQUARE, _SQUARE)]
     tips, inner = _TIPS.get(shape, (12, 1.0))
@@ -162,7 +162,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """How far, in pixels, each point lies outside the outline; inside it is negative. Exact but near the corners."""
+    """Return each point's signed distance to the outline in pixels, negative inside; exact except near corners."""
     if shape == "circle":
         return np.sqrt(x * x + y * y) - radius
     if shape == "square":
@@ -178,7 +178,7 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
 
 
 def _instance(thing: Thing, size: int) -> dict:
-    """A COCO object annotation, in pixels."""
+    """Return a COCO object annotation, in pixels."""
     outline = [
         ((thing.x + thing.radius * u) * size, (thing.y + thing.radius * v) * size) for u, v in _outline(thing.shape)
     ]
