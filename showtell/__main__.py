@@ -166,9 +166,9 @@ def _seed(text: str) -> int:
 
 
 def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:
-    parser.add_argument(
-        "--dataset", default=dataset, help="coco, karpathy, flickr8k, folder or synthetic (default); several: a,b"
-    )
+    from showtell.datasets import READERS
+
+    parser.add_argument("--dataset", default=dataset, help=f"{', '.join(READERS)} (default synthetic); several: a,b")
     parser.add_argument("--data-dir", metavar="DIR", help="its folder, such as data/flickr8k")
 
 
@@ -180,7 +180,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     from showtell.tokenizer import TOKENIZERS
 
     parser.add_argument("references", help="true captions: csv, tsv, jsonl, {id: [captions]} json or COCO annotations")
-    parser.add_argument("candidates", nargs="+", help="captions to score, one file for each system, or COCO results")
+    parser.add_argument("candidates", nargs="+", help="captions to score, a file for each system; COCO results, too")
     parser.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1, CIDEr to 10")
     parser.add_argument("--html", metavar="FILE", help="write a report on one system")
     parser.add_argument("--images", metavar="DIR", help="the images, for the report")

@@ -182,10 +182,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
     if "," in name:
         names, folders = name.split(","), str(data_dir or "").split(",")
         if len(names) != len(folders):
-            raise UserError(
-                f"{len(names)} data sets ({name}) were given with {len(folders)} folders ({data_dir}); "
-                "give a folder for each, in the same order, with commas between them"
-            )
+            given = f"{len(names)} data sets ({name}) were given with {len(folders)} folders ({data_dir})"
+            raise UserError(f"{given}; give a folder for each, in the same order, with commas between them")
         return join([load(one, folder, split, **options) for one, folder in zip(names, folders, strict=True)])
     if name not in READERS:
         raise UserError(f"there is no data set {name!r}; choose one of {', '.join(READERS)}")
@@ -254,8 +252,7 @@ def read_coco(
             raise UserError(f"{path} lists the annotation id {identity} twice; give each caption its own id")
         if image_id not in records:
             raise UserError(
-                f"{path} has a caption of the image id {image_id}, which its images do not list; add the image or "
-                "leave the caption out"
+                f"{path} has a caption of the image id {image_id}, which its images do not list; add the image"
             )
         seen.add(identity)
         records[image_id][1].append(caption or "")
@@ -395,9 +392,7 @@ def read_folder(
     chosen = [file for file in captions if (splits[file] or drawn[file]) == split]
     records = [(identities[file], file, captions[file]) for file in chosen]
     if not records:
-        raise UserError(
-            f"none of the {len(captions)} images of {path} is in the split {split}; add images or choose another"
-        )
+        raise UserError(f"none of the {len(captions)} images of {path} is in the split {split}; choose another")
     return _assemble("folder", split, records, folder, on_missing, max_missing)
 
 
@@ -487,18 +482,12 @@ def _values(entry: object, kinds: dict[str, type | tuple[type, ...]], place: str
 
 def _draw_splits(files: Iterable[str], val: float, test: float, seed: int) -> dict[str, str]:
     """Draw a split for each file from its name; the extreme draws keep every requested split from being empty."""
-    splits: dict[str, str] = {}
-    unfilled = {name for name, part in (("test", test), ("val", val)) if part}
     draws = sorted((Random(f"{seed}/{file}").random(), file) for file in files)
-    for draw, file in draws:
-        if file == draws[-1][1]:
-            split = "train"
-        elif draw < test or "test" in unfilled:
-            split = "test"
-        elif draw < test + val or "val" in unfilled:
-            split = "val"
-        else:
-            split = "train"
-        splits[file] = split
-        unfilled.discard(split)
+    splits = dict.fromkeys((file for _, file in draws), "train")
+    parts = [(name, bound) for name, part, bound in (("test", test, test), ("val", val, test + val)) if part]
+    filled = set()
+    for draw, file in draws[:-1]:
+        if name := next((name for name, bound in parts if draw < bound or name not in filled), None):
+            splits[file] = name
+            filled.add(name)
     return splits

@@ -275,15 +275,6 @@ def _broken(path: str | None, reason: str, advice: str = "") -> BrokenImageError
     return error
 
 
-@cache
-def _formats() -> list[str]:
-    """Return those of `FORMATS` that the installed Pillow has."""
-    from PIL import Image
-
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
 def _open(data: bytes, path: str | None) -> Image.Image:
     """Read the header alone."""
     from PIL import Image, UnidentifiedImageError
@@ -291,7 +282,8 @@ def _open(data: bytes, path: str | None) -> Image.Image:
     def header() -> Image.Image:
         try:
             # No other formats: Pillow would start Ghostscript for PostScript, whatever the name of the file.
-            image = Image.open(io.BytesIO(data), formats=_formats())
+            Image.init()
+            image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
         except UnidentifiedImageError:
             text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
             reason = "it holds text" if text else "it is not an image of a known format"

@@ -97,7 +97,7 @@ def test_coco_2014_in_an_images_folder_and_the_year_option(coco):
         load("coco", coco, year=2017)
 
 
-def test_one_years_validation_never_meets_the_others_training(coco):
+def test_both_splits_are_of_one_year(coco):
     """2014's validation images are among 2017's training images."""
     val = coco / "annotations" / "captions_val2017.json"
     val.rename(val.with_name("captions_val2014.json"))
@@ -105,7 +105,7 @@ def test_one_years_validation_never_meets_the_others_training(coco):
         load("coco", coco, "val")
 
 
-def test_a_byte_order_mark_does_no_harm(coco):
+def test_a_byte_order_mark_is_ignored(coco):
     path, values = captions_file(coco)
     write_json(path, values, encoding="utf-8-sig")
     assert len(load("coco", coco)) == 6
@@ -154,40 +154,23 @@ def test_empty_captions_are_dropped_and_counted_and_spaces_tidied(coco):
     assert len(read.captions[0]) == 4
 
 
-def change(values: dict, what: str) -> object:
-    """A captions json with one thing wrong."""
-    if what == "image twice":
-        values["images"].append(values["images"][0])
-    elif what == "annotation twice":
-        values["annotations"].append(values["annotations"][0])
-    elif what == "stranger":
-        values["annotations"][3]["image_id"] = 99
-    elif what == "list":
-        return values["images"]
-    elif what == "no images":
-        del values["images"]
-    elif what == "dict of annotations":
-        values["annotations"] = {"1": "a star"}
-    elif what == "all empty":
-        for annotation in values["annotations"]:
-            annotation["caption"] = ""
-    return values
-
-
 @pytest.mark.parametrize(
-    ("what", "sentence"),
+    ("change", "sentence"),
     [
-        ("image twice", "lists the image id 1 twice; give each image its own id"),
-        ("annotation twice", "lists the annotation id 10 twice; give each caption its own id"),
-        ("stranger", "has a caption of the image id 99, which its images do not list"),
-        ("list", 'holds a json list; give COCO captions: an object with "images" and "annotations"'),
-        ("no images", "has no list named 'images'"),
-        ("dict of annotations", "has no list named 'annotations'"),
+        (lambda v: v["images"].append(v["images"][0]), "lists the image id 1 twice; give each image its own id"),
+        (lambda v: v["annotations"].append(v["annotations"][0]), "lists the annotation id 10 twice; give each caption"),
+        (
+            lambda v: v["annotations"][3].update(image_id=99),
+            "has a caption of the image id 99, which its images do not",
+        ),
+        (lambda v: v["images"], 'holds a json list; give COCO captions: an object with "images" and "annotations"'),
+        (lambda v: v.pop("images") and None, "has no list named 'images'"),
+        (lambda v: v.update(annotations={"1": "a star"}), "has no list named 'annotations'"),
     ],
 )
-def test_a_wrong_captions_json_is_named(coco, what, sentence):
+def test_a_wrong_captions_json_is_named(coco, change, sentence):
     path, values = captions_file(coco)
-    write_json(path, change(values, what))
+    write_json(path, change(values) or values)
     with pytest.raises(UserError) as caught:
         load("coco", coco)
     assert str(caught.value).startswith(f"{path} {sentence}")
@@ -216,7 +199,9 @@ def test_a_wrong_entry_of_a_captions_json_is_named(coco, part, entry, sentence):
 
 def test_captions_that_are_all_empty(coco):
     path, values = captions_file(coco)
-    write_json(path, change(values, "all empty"))
+    for annotation in values["annotations"]:
+        annotation["caption"] = ""
+    write_json(path, values)
     with pytest.raises(UserError, match=r"no image of coco train in .* has a caption; check the annotations"):
         load("coco", coco)
 
@@ -501,14 +486,14 @@ def test_the_drawn_split_is_by_image_by_seed_and_by_part(tmp_path):
     assert all(len(captions) == 2 for captions in load("folder", folder).captions)
 
 
-def test_new_images_move_no_old_one(tmp_path):
+def test_added_images_move_no_other_to_another_split(tmp_path):
     before = split_ids("folder", own_folder(tmp_path, 100))
     after = split_ids("folder", own_folder(tmp_path, 160))
     for old, new in zip(before, after, strict=True):
         assert old <= new
 
 
-def test_even_three_images_fill_three_splits_and_one_is_for_training(tmp_path):
+def test_three_images_fill_three_splits_and_a_single_one_is_for_training(tmp_path):
     for seed in range(10):
         assert [len(ids) for ids in split_ids("folder", own_folder(tmp_path / "3", 3), seed=seed)] == [1, 1, 1]
     assert len(load("folder", own_folder(tmp_path / "1", 1))) == 1
@@ -522,9 +507,7 @@ def test_splits_that_the_table_names(tmp_path):
     assert split_ids("folder", tmp_path) == [{"0.png", "3.png"}, {"1.png"}, {"2.png"}]
     table.write_text("0.png,a,train\n1.png,c,val\n")
     assert split_ids("folder", tmp_path, ("train", "val")) == [{"0.png"}, {"1.png"}]
-    with pytest.raises(
-        UserError, match=r"none of the 2 images of .* is in the split test; add images or choose another"
-    ):
+    with pytest.raises(UserError, match=r"none of the 2 images of .* is in the split test; choose another"):
         load("folder", tmp_path, "test")
 
 
@@ -693,7 +676,7 @@ def test_options_of_a_folder(tmp_path):
         load("folder", tmp_path / "data", val=0.5, test=0.5)
 
 
-# ---- Synthetic, and what all sets share --------------------------------------------------------------------------
+# ---- Synthetic, and the methods of all sets --------------------------------------------------------------------------
 
 
 def test_the_synthetic_set_is_drawn_on_the_fly():

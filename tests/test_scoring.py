@@ -54,7 +54,7 @@ def test_no_common_image_shows_both_ways_of_writing():
         score_captions(REFERENCES, {"mine": {"COCO_1.jpg": "a dog"}}, java=False, allow_missing=True)
 
 
-def test_empty_candidates_score_nothing_and_are_said():
+def test_empty_candidates_score_zero_with_a_note():
     [result] = score_captions(REFERENCES, {"mine": CANDIDATES | {"2": " "}}, java=False)
     assert result.scores.per_image["CIDEr"][1] == 0
     assert result.scores.notes == ["1 candidates are empty and score 0: '2'."]
@@ -195,7 +195,7 @@ def test_without_pycocoevalcap_the_row_says_what_to_do(monkeypatch, files):
     assert result.missing["METEOR"] == 'pycocoevalcap is not installed; pip install "showtell[java]"'
 
 
-def test_a_failing_jar_is_no_failure_of_the_rest(monkeypatch, files):
+def test_a_failing_jar_leaves_the_other_scores(monkeypatch, files):
     monkeypatch.setattr(java_metrics, "missing", lambda: None)
     monkeypatch.setattr(java_metrics, "_java", lambda: "java")
     monkeypatch.setattr(java_metrics, "_package", lambda: Path("nowhere"))
@@ -206,13 +206,13 @@ def test_a_failing_jar_is_no_failure_of_the_rest(monkeypatch, files):
     assert result.scores["CIDEr"] > 0
 
 
-def test_spice_says_before_it_fetches(monkeypatch, tmp_path, files):
+def test_spice_announces_its_download(monkeypatch, tmp_path, files):
     monkeypatch.setattr(java_metrics, "_java", lambda: "java")
     monkeypatch.setattr(java_metrics, "_package", lambda: tmp_path)  # holds neither the jars nor what fetches them
     monkeypatch.setitem(__import__("sys").modules, "pycocoevalcap.spice.get_stanford_models", None)
-    said = []
-    [result] = score_files(files[0], [files[1]], spice=True, announce=said.append)
-    assert said == ["SPICE needs Stanford CoreNLP once: fetching about 0.4 GB from nlp.stanford.edu"]
+    announced = []
+    [result] = score_files(files[0], [files[1]], spice=True, announce=announced.append)
+    assert announced == ["SPICE needs Stanford CoreNLP once: fetching about 0.4 GB from nlp.stanford.edu"]
     assert "could not be fetched" in result.missing["SPICE"]
 
 

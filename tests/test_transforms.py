@@ -62,7 +62,8 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 @pytest.mark.parametrize("kind", transforms.FORMATS)
 def test_every_documented_format_is_opened_by_its_contents(kind, tmp_path):
-    if kind not in transforms._formats():
+    Image.init()
+    if kind not in Image.OPEN:
         pytest.skip(f"this Pillow has no {kind}")
     options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}
     for suffix in (*transforms.FORMATS[kind], ".jpg"):
@@ -257,7 +258,7 @@ def test_arrays_tensors_and_pil_images():
         (17, "a int is not an image; give a path"),
     ],
 )
-def test_what_is_no_image_at_all(source, sentence):
+def test_values_that_are_not_images(source, sentence):
     with pytest.raises(UserError, match=sentence):
         read_image(source)
 
@@ -334,7 +335,7 @@ def test_a_huge_image_is_refused_from_its_header(pillow_limit, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow remarks on what it finds
-def test_a_image_cut_anywhere_is_read_or_refused():
+def test_an_image_cut_anywhere_is_read_or_refused():
     """No prefix of a file gets another exception than ours."""
     for kind in ("JPEG", "PNG", "GIF", "WEBP", "TIFF"):
         data = encoded(Image.fromarray(gradient()), kind)
@@ -372,7 +373,7 @@ def test_imagenets_transform_equals_torchvisions():
 
 @pytest.mark.parametrize("transform", [IMAGENET, IMAGENET_TRAIN, SQUASHED, TINY, Transform(resize=None, crop=80)])
 @pytest.mark.parametrize("shape", [(300, 400), (30, 20), (64, 64), (1, 90)])
-def test_whatever_comes_in_a_square_of_the_size_comes_out(transform, shape):
+def test_the_output_is_a_square_for_every_input(transform, shape):
     image = torch.zeros(3, *shape, dtype=torch.uint8)
     for key in (None, (0, 1, 2)):
         assert transform(image, key).shape == (3, transform.size, transform.size)
@@ -417,7 +418,7 @@ def test_crops_reach_every_place_and_flips_half_the_images():
     assert torch.equal(flipper(image, (0, 0, i)), flipper(image).flip(-1))
 
 
-def test_evaluation_and_no_key_leave_nothing_to_chance():
+def test_evaluation_and_no_key_are_deterministic():
     evaluation = IMAGENET_TRAIN.evaluation()
     assert evaluation == IMAGENET
     assert torch.equal(evaluation(PHOTO, (0, 0, 1)), evaluation(PHOTO, (0, 0, 2)))
@@ -470,7 +471,7 @@ def test_contradicting_or_unknown_values(values, sentence):
         Transform.from_dict(values)
 
 
-def test_a_line_of_pixels_is_not_blown_up_to_gigabytes():
+def test_an_image_of_one_row_is_an_error():
     with pytest.raises(BrokenImageError, match="an image of 9000 x 1 pixels is too long and thin; crop it first"):
         IMAGENET(torch.zeros(3, 1, 9000, dtype=torch.uint8))
 
