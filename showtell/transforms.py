@@ -264,7 +264,8 @@ _OPPOSITE = {"left": "right", "Left": "Right", "LEFT": "RIGHT", "right": "left",
 def mirror_caption(text: str) -> str:
     """Swap left and right in a text or a word, so that a caption of an image holds for its mirror image.
 
-    The words may be part of a compound, as in "right-handed", "upper-left", "leftmost" and "leftward".
+    Compounds are swapped too ("right-handed", "upper-left", "leftmost"), except those of "right-angled", "right-of-way"
+    and "left-over", which name no side.
     """
     return _SIDE.sub(lambda match: _OPPOSITE.get(match[0], match[0]), text)
 
