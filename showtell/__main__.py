@@ -340,13 +340,13 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from showtell import metrics, scoring
     from showtell.annotations import read_captions
-    from showtell.results import picture_finder, write_results
+    from showtell.results import image_finder, write_results
 
     if args.html and len(args.candidates) > 1:
         raise UserError(f"--html shows one system and {len(args.candidates)} were given; name one file of candidates")
     if args.images and not args.html:
         raise UserError("--images is for the report; add --html FILE")
-    image = picture_finder(args.images, args.references) if args.images else lambda _: None
+    image = image_finder(args.images, args.references) if args.images else lambda _: None
     frequencies = training = None
     if args.document_frequencies:
         captions = read_captions(args.document_frequencies)

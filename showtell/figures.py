@@ -1,58 +1,90 @@
-"""Charts laid out once, as a list of marks, and drawn from it as inline SVG or, with Pillow alone, as pixels.
+"""Charts with matplotlib in one palette: sections of a report, training curves, grids of captioned images.
 
-Sizes are in points; `SCALE` pixels make a point, so that a PNG is crisp on a fine screen.
+On a page a chart is inline SVG with the page's CSS variables as colours, so that it follows light and dark mode. Only
+`Figure` objects are made: no pyplot, no GUI backend, no lasting change of settings. matplotlib is imported on first
+use. For plots of your own in the same style: `plt.rcParams.update(showtell.figures.STYLE)`.
 """
 
 from __future__ import annotations
 
-import html
+import io
 import math
 import os
 import re
+import textwrap
+import threading
 import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from PIL import Image, ImageDraw, ImageFont
+from typing import Any
+from xml.etree import ElementTree
 
 from showtell.files import atomic_path
 
 Point = tuple[float, float]
 
-
-@dataclass(frozen=True)
-class Mark:
-    """A piece of a chart, which `_svg` and `chart_image` both draw.
-
-    `xy` holds the points of a line, the centre of a dot, two opposite corners of a box, or where a text is anchored.
-    `text` is the text itself, or what a dot or box says under the mouse.
-    """
-
-    kind: Literal["line", "dot", "box", "text"]
-    xy: tuple[Point, ...]
-    tone: str = "muted"
-    text: str = ""
-    anchor: Literal["start", "middle", "end"] = "start"
+# The CSS variables of a page. Charts are drawn in the light colours, which `Chart.svg` replaces by the variables.
+LIGHT = {
+    "page": "#f4f6f9", "panel": "#ffffff", "ink": "#1a2029", "muted": "#586173", "line": "#dde2ea", "hole": "#eceff4",
+    "right": "#0b6b3a", "right-back": "#dcf3e5", "wrong": "#b3202c", "wrong-back": "#fde4e4",
+    "s0": "#1f5fd6", "s1": "#d2600a", "s2": "#12866b", "s3": "#8a3fd1", "s4": "#b5307f", "s5": "#6b7280",
+}  # fmt: skip
+DARK = {
+    "page": "#0f1319", "panel": "#181d25", "ink": "#e8ebf0", "muted": "#a0a9b8", "line": "#2b323d", "hole": "#11151b",
+    "right": "#7fdca6", "right-back": "#12351f", "wrong": "#ff9a9f", "wrong-back": "#47181c",
+    "s0": "#79a6ff", "s1": "#ff9f4a", "s2": "#4fd1ae", "s3": "#c294ff", "s4": "#ff85c2", "s5": "#a0a9b8",
+}  # fmt: skip
+SERIES = [LIGHT[f"s{i}"] for i in range(6)]
+STYLE = {
+    "axes.prop_cycle": f"cycler(color={SERIES})", "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["muted"],
+    "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y", "grid.color": LIGHT["line"],
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "legend.frameon": False,
+    "xtick.color": LIGHT["muted"], "xtick.bottom": False, "ytick.color": LIGHT["muted"], "ytick.left": False,
+    "lines.linewidth": 2, "lines.markersize": 5, "text.color": LIGHT["ink"], "font.size": 11,
+}  # fmt: skip
+_settings = threading.Lock()
 
 
 class Chart:
-    """What charts share: a subclass lays out `marks(width, height)` and says its content in words in `alt()`."""
+    """Base of the charts: a subclass draws itself on matplotlib axes and describes itself in `alt()`."""
 
-    height = 270
+    height = 255  # points; the width is 420
 
-    def html(self) -> str:
-        """Returns the section with the chart as inline SVG."""
-        return section_html(self, _svg(self.marks(460, self.height), 460, self.height, f"{self.title}: {self.alt()}"))
+    def svg(self, prefix: str = "") -> str:
+        """Return the chart as inline SVG; `prefix` makes its ids unique on a page."""
+        file = io.StringIO()
+        with _style():
+            figure = _figure(420, self.height)
+            self.draw(figure.subplots())
+            no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        root = ElementTree.fromstring(file.getvalue())
+        variables = {color: f"var(--{name})" for name, color in LIGHT.items()}
+        for node in root.iter():
+            node.tag, attributes = node.tag.rpartition("}")[2], dict(node.attrib)
+            node.attrib.clear()
+            for name, value in attributes.items():
+                if name == "id":
+                    value = prefix + value
+                elif name == "style":
+                    value = re.sub("#[0-9a-f]{6}", lambda found: variables.get(found[0], found[0]), value)
+                elif name == "clip-path" or name.endswith("href"):
+                    value = value.replace("#", f"#{prefix}")
+                node.set(name.rpartition("}")[2], value)
+        label = clean(f"{self.title}: {self.alt()}")
+        root.attrib = {"viewBox": root.get("viewBox"), "role": "img", "aria-label": label}
+        return ElementTree.tostring(root, "unicode")
 
 
 @dataclass(frozen=True, eq=False)
 class Curve(Chart):
     """Lines over a common axis, such as the training and validation loss: `series` maps a name to (x, y) points.
 
-    Points that are not finite are left out, and so are those not above zero where `log_y` asks for a logarithmic axis.
+    Points beyond 1e100 are left out, and so are those not above 1e-100 where `log_y` asks for a logarithmic axis.
     """
 
     title: str
@@ -63,41 +95,35 @@ class Curve(Chart):
     log_y: bool = False
 
     def points(self) -> dict[str, list[Point]]:
-        """Returns the points that can be drawn, by series."""
-        lowest = 0.0 if self.log_y else -math.inf
-        return {
-            name: [(float(x), float(y)) for x, y in line if math.isfinite(x) and math.isfinite(y) and y > lowest]
+        """Return the lines that have points to draw."""
+        lowest = 1e-100 if self.log_y else -1e100
+        lines = (
+            (name, [(float(x), float(y)) for x, y in line if abs(x) < 1e100 and lowest < y < 1e100])
             for name, line in self.series.items()
-        }
+        )
+        return {name: line for name, line in lines if line}
 
     def alt(self) -> str:
-        """Returns where each line starts and ends."""
-        lines = {name: line for name, line in self.points().items() if line}
-        ends = (f"{name} from {_tick(line[0][1])} to {_tick(line[-1][1])}" for name, line in lines.items())
-        return ", ".join(ends) or "nothing to draw"
+        lines = self.points().items()
+        return ", ".join(f"{name} from {_number(line[0][1])} to {_number(line[-1][1])}" for name, line in lines)
 
-    def marks(self, width: float, height: float) -> list[Mark]:
-        """Returns axes, legend, lines, and dots that say their value."""
-        lines = self.points()
-        xs, ys = ([point[i] for line in lines.values() for point in line] for i in (0, 1))
-        if not xs:
-            return _nothing(width, height)
-        x_low, x_high = _widened(min(xs), max(xs))
-        x_ticks = _ticks(x_low, x_high, whole=all(x == int(x) for x in xs))
-        y_ticks = (_log_ticks if self.log_y else _ticks)(*_widened(min(ys), max(ys)), outward=True)
-        scale = math.log10 if self.log_y else float
-        marks, place = _axes(
-            (width, height), (x_low, x_high), {x: _tick(x) for x in x_ticks}, y_ticks, (self.x_label, self.y_label),
-            list(lines), scale,
-        )  # fmt: skip
+    def draw(self, axes: Any) -> None:
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        lines, drawn = self.points(), {}
         for i, (name, line) in enumerate(lines.items()):
-            if not line:
-                continue
-            marks.append(Mark("line", tuple(place(x, y) for x, y in _thinned(line, 1000)), f"s{i % 6}"))
-            for x, y in _thinned(line, 40):
-                text = f"{name}: {self.y_label} {_tick(y)}, {self.x_label} {_tick(x)}"
-                marks.append(Mark("dot", (place(x, y),), f"s{i % 6}", text))
-        return marks
+            points = line[:: -math.ceil(len(line) / 1000)]  # from the end, which is the point that matters
+            marker = "o" if len(points) <= 40 else ""
+            (drawn[name],) = axes.plot(*zip(*points, strict=True), marker=marker, color=SERIES[i % 6], clip_on=False)
+        if lines and self.log_y:
+            axes.set_yscale("log")
+            low, high = axes.get_ylim()
+            subs = (1, 2, 5) if high < 1000 * low else (1,)
+            axes.yaxis.set_major_locator(MaxNLocator(6) if high < 10 * low else LogLocator(subs=subs))
+            axes.minorticks_off()
+        whole = all(x == int(x) for line in lines.values() for x, _ in line)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=whole))
+        _dress(axes, drawn, self.x_label, self.y_label)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +132,7 @@ class Histogram(Chart):
 
     `values` is a sequence of numbers, or a mapping from number to count, or a mapping from a name to either: several
     named series are drawn side by side, as shares, because their totals differ. Whole numbers in a span of less than
-    40 get a bar each, everything else is put in at most 30 bins or so.
+    40 get a bar each; other values are put in bins.
     """
 
     title: str
@@ -116,59 +142,34 @@ class Histogram(Chart):
     note: str = ""
 
     def counts(self) -> dict[str, Counter]:
-        """Returns how often each finite value occurs, by series; an unnamed series is called `""`."""
-        values = self.values
-        named = isinstance(values, Mapping) and all(isinstance(key, str) for key in values)
-        counts = {name: Counter(series) for name, series in (values if named else {"": values}).items()}
-        return {name: Counter({v: n for v, n in c.items() if math.isfinite(v)}) for name, c in counts.items()}
+        """Return how often each finite value occurs, by series; an unnamed series is called `""`."""
+        named = isinstance(self.values, Mapping) and all(isinstance(key, str) for key in self.values)
+        series = self.values if named else {"": self.values}
+        counts = {name: Counter(values) for name, values in series.items()}
+        return {name: Counter({v: n for v, n in c.items() if math.isfinite(v)}) for name, c in counts.items() if c}
 
     def alt(self) -> str:
-        """Returns the number of values and their mean, by series."""
-        said = []
-        for name, count in self.counts().items():
-            if total := count.total():
-                said.append(f"{name} {total} values, mean {sum(v * n for v, n in count.items()) / total:.1f}".strip())
-        return "; ".join(said) or "nothing to draw"
+        means = [(name, c.total(), sum(v * n for v, n in c.items()) / c.total()) for name, c in self.counts().items()]
+        return "; ".join(f"{name} {total} values, mean {mean:.1f}".strip() for name, total, mean in means)
 
-    def marks(self, width: float, height: float) -> list[Mark]:
-        """Returns axes, legend and bars."""
-        counts = self.counts()
-        values = [value for count in counts.values() for value in count]
-        if not values:
-            return _nothing(width, height)
-        whole = all(value == int(value) for value in values)
-        one_each = whole and max(values) - min(values) < 40
-        step = 1 if one_each else _step(*_widened(min(values), max(values)), 30, whole)
-        left = min(values) - 0.5 if one_each else math.floor(min(values) / step) * step
+    def draw(self, axes: Any) -> None:
+        import numpy as np
+        from matplotlib.ticker import MaxNLocator
 
-        def bin_of(
-            value: float,
-        ) -> int:  # 0.3 is in the bin that begins there, whatever the last bit of a division says
-            return max(0, math.floor((value - left) / step + 1e-9))
-
-        n_bins = bin_of(max(values)) + 1
-        share = len(counts) > 1
-        bars = {}
-        for name, count in counts.items():
-            bars[name] = [0.0] * n_bins
-            for value, n in count.items():
-                bars[name][bin_of(value)] += 100 * n / count.total() if share else n
-        right = left + n_bins * step
-        y_ticks = _ticks(0, max(map(max, bars.values())), whole=not share, outward=True)
-        marks, place = _axes(
-            (width, height), (left, right), {x: _tick(x) for x in _ticks(left, right, whole=whole)}, y_ticks,
-            (self.x_label, self.y_label or ("share, %" if share else "count")), list(bars),
-        )  # fmt: skip
-        bar = 0.84 * step / len(bars)
-        for i, (name, heights) in enumerate(bars.items()):
-            for k, value in enumerate(heights):
-                start = left + k * step
-                x = start + 0.08 * step + i * bar
-                span = _tick(start + 0.5) if one_each else f"{_tick(start)} to {_tick(start + step)}"
-                text = f"{name + ', ' if name else ''}{span}: {_tick(value)}{' %' if share else ''}"
-                if value:
-                    marks.append(Mark("box", (place(x, value), place(x + bar, 0)), f"s{i % 6}", text))
-        return marks
+        counts, drawn = self.counts(), {}
+        values = [value for count in counts.values() for value in count] or [0]
+        low, high, whole = min(values), max(values), all(value == int(value) for value in values)
+        step = math.ceil((high - low + 1) / 40) if whole else (high - low) / 30 or 1
+        edges = np.arange(low, high + 1.5 * step, step) - (0.5 if whole else 0)
+        share, width = len(counts) > 1, 0.84 * step / max(1, len(counts))
+        for i, (name, count) in enumerate(counts.items()):
+            heights, _ = np.histogram(list(count), edges, weights=list(count.values()))
+            heights = heights * (100 / count.total() if share else 1)
+            left = edges[:-1] + 0.08 * step + i * width
+            drawn[name] = axes.bar(left, heights, width, align="edge", color=SERIES[i % 6])
+        axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=whole))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=not share))
+        _dress(axes, drawn, self.x_label, self.y_label or ("share, %" if share else "count"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,31 +182,26 @@ class Bars(Chart):
     note: str = ""
 
     @property
-    def height(self) -> int:  # one row a bar, whatever their number
-        return 22 * max(1, len(self.largest())) + 8
+    def height(self) -> int:  # one row for each bar
+        return 22 * max(2, len(self.largest())) + 8
 
     def largest(self) -> list[tuple[str, float]]:
-        """Returns at most `limit` pairs of name and number, the largest first."""
+        """Return at most `limit` pairs of name and number, the largest first."""
         return sorted(self.counts.items(), key=lambda pair: -pair[1])[: self.limit]
 
     def alt(self) -> str:
-        """Returns the first five names with their numbers."""
-        return ", ".join(f"{name} {_tick(value)}" for name, value in self.largest()[:5]) or "nothing to draw"
+        return ", ".join(f"{name} {_number(value)}" for name, value in self.largest()[:5])
 
-    def marks(self, width: float, height: float) -> list[Mark]:
-        """Returns a row for each name: the name, its bar, its number."""
+    def draw(self, axes: Any) -> None:
         rows = self.largest()
-        if not rows:
-            return _nothing(width, height)
-        top, right = max(value for _, value in rows) or 1, width - 60
-        left = 16 + 7.2 * max(len(clipped(name, 16)) for name, _ in rows)
-        marks = []
-        for i, (name, value) in enumerate(rows):
-            y, end = 22 * i + 15, left + (right - left) * max(0, value) / top
-            marks.append(Mark("text", ((left - 8, y),), "ink", clipped(name, 16), "end"))
-            marks.append(Mark("box", ((left, y - 7), (end, y + 7)), "s0", f"{name}: {_tick(value)}"))
-            marks.append(Mark("text", ((end + 6, y),), "muted", _tick(value)))
-        return marks
+        bars = axes.barh(range(len(rows)), [max(0, value) for _, value in rows], 0.66, color=SERIES[0])
+        axes.bar_label(bars, [_number(value) for _, value in rows], padding=4, color=LIGHT["muted"])
+        _dress(axes, {"": bars} if rows else {})
+        axes.set_yticks(range(len(rows)), [clipped(name, 16) for name, _ in rows], color=LIGHT["ink"])
+        axes.set(ylim=(max(1, len(rows)) - 0.5, -0.5), xticks=[])
+        axes.margins(x=0.12)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
 
 
 def write_curve(
@@ -216,208 +212,139 @@ def write_curve(
     y_label: str = "loss",
     log_y: bool = False,
 ) -> Path:
-    """Writes a training curve as a PNG and returns its path.
+    """Write a training curve as a PNG and return its path.
 
-    Args:
-        path: the file to write; its folder is made.
-        series: a name for each line and its (x, y) points; or several `Curve`s, drawn side by side (loss, perplexity),
-            which bring their own titles and labels.
-        title: stands above the curve.
-        x_label: what x is.
-        y_label: what y is.
-        log_y: whether y is drawn on a logarithmic axis.
+    `series` maps a name for each line to its (x, y) points; or it is several `Curve`s, drawn side by side (loss,
+    perplexity), which bring their own titles and labels.
     """
     curves = [Curve(title, series, x_label, y_label, log_y=log_y)] if isinstance(series, Mapping) else list(series)
-    panels = [chart_image(curve, 580, 340) for curve in curves]
-    image = Image.new("RGB", (sum(panel.width for panel in panels), panels[0].height), TONES["paper"])
-    for i, panel in enumerate(panels):
-        image.paste(panel, (i * panel.width, 0))
-    return save_png(image, path)
+    with _style():
+        figure = _figure(500 * len(curves), 300)
+        for curve, panel in zip(curves, figure.subfigures(1, len(curves), squeeze=False)[0], strict=True):
+            panel.suptitle(clipped(curve.title, 50), x=0.02, ha="left")
+            curve.draw(panel.subplots())
+        return _save(figure, path)
 
 
-def escape(text: object) -> str:
-    """Any text as HTML: markup escaped, characters that no HTML or UTF-8 can hold replaced."""
-    clean = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", str(text))
-    return html.escape(clean.encode("utf-8", "replace").decode("utf-8"))
+def write_figure(
+    path: str | os.PathLike, cards: Sequence[Any], curve: Curve | None = None, title: str = "", columns: int = 4
+) -> Path:
+    """Write a PNG of captioned images (`showtell.report.Card`s), with a training curve under them; return its path.
+
+    Each image has its first true caption above and the predicted one below. A wrong one is framed and written in red,
+    with the first reason.
+
+    Raises:
+        BrokenImageError: a card's image cannot be read.
+    """
+    columns = max(1, min(columns, len(cards)))
+    texts = [_card_texts(card) for card in cards]
+    lines = 1 + max((sum(text.count("\n") + 1 for text in pair) for pair in texts), default=0)
+    rows, row_height = math.ceil(len(cards) / columns), 210 + 16 * lines
+    with _style():
+        heights = [max(40, rows * row_height + 30 * bool(title)), *([280] if curve else [])]
+        figure = _figure(max(columns * 228, 600), sum(heights))
+        panels = figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        panels[0].suptitle(clipped(title, 60), x=0.02, ha="left", size=18)
+        grid = panels[0].subplots(max(1, rows), columns, squeeze=False).flat
+        for axes in grid[len(cards) :]:
+            axes.set_axis_off()
+        for axes, card, (above, below) in zip(grid, cards, texts, strict=False):
+            axes.set_title(above, size=11, color=LIGHT["muted"], va="bottom")
+            axes.set_xlabel(below, color=LIGHT["wrong" if card.ok is False else "ink"])
+            _draw_card(axes, card)
+        if curve:
+            panels[1].suptitle(clipped(curve.title, 60), x=0.02, ha="left")
+            curve.draw(panels[1].subplots())
+        return _save(figure, path)
 
 
-def section_html(section: Any, content: str, kind: str = "") -> str:
-    note = f'<p class="note" dir="auto">{escape(section.note)}</p>' if section.note else ""
-    content = note + content if "gallery" in kind else content + note
-    title = escape(section.title)
-    return f'<section class="{kind}" aria-label="{title}"><h2 dir="auto">{title}</h2>{content}</section>'
+def pixels(image: Any) -> Any:
+    """Return anything `showtell.transforms.read_image` reads as a uint8 array of shape (H, W, 3)."""
+    from showtell.transforms import read_image  # brings torch, which charts and tables do without
+
+    return read_image(image).permute(1, 2, 0).contiguous().numpy()
+
+
+def clean(text: object) -> str:
+    """Return any text without the characters that no HTML, XML or UTF-8 can hold."""
+    found = re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]", "\N{REPLACEMENT CHARACTER}", str(text))
+    return found.encode("utf-8", "replace").decode("utf-8")
 
 
 def clipped(text: str, length: int) -> str:
+    """Return a text on one line of at most `length` characters."""
+    text = " ".join(clean(text).split())
     return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
-def _axes(
-    size: tuple[float, float],
-    x_range: tuple[float, float],
-    x_ticks: Mapping[float, str],
-    y_ticks: Sequence[float],
-    labels: tuple[str, str],
-    names: Sequence[str],
-    scale: Callable[[float], float] = float,
-) -> tuple[list[Mark], Callable[[float, float], Point]]:
-    """Lays out grid, ticks, labels and legend; returns them and the function from data to the place on the chart."""
-    width, height = size
-    x_label, y_label = labels
-    left, right = 18 + 7.5 * max(len(_tick(y)) for y in y_ticks), width - 14
-    names = [name for name in names if name]
-    spaces = [36 + 7.2 * len(clipped(name, 30)) for name in names]
-    beside = sum(spaces) <= right - left - 7.2 * len(y_label)  # the legend has room to the right of the y label
-    marks = [Mark("text", ((6, 12),), "muted", y_label)] if y_label else []
-    x, y = (right - sum(spaces), 12) if beside else (left, 32)
-    for i, (name, space) in enumerate(zip(names, spaces, strict=True)):
-        if x + space > right + 1 and x > left:
-            x, y = left, y + 20
-        marks.append(Mark("line", ((x + 8, y), (x + 26, y)), f"s{i % 6}"))
-        marks.append(Mark("text", ((x + 32, y),), "ink", clipped(name, 30)))
-        x += space
-    top, bottom = (y if names else 12) + 22, height - (44 if x_label else 26)
-    y_low, y_high = scale(y_ticks[0]), scale(y_ticks[-1])
+@contextmanager
+def _style() -> Iterator[None]:
+    """Draw with matplotlib's defaults and `STYLE`, whatever a notebook has set, and restore its settings."""
+    from matplotlib import style
 
-    def place(x: float, y: float) -> Point:
-        across = (x - x_range[0]) / (x_range[1] - x_range[0])
-        up = (scale(y) - y_low) / (y_high - y_low)
-        return round(left + across * (right - left), 1), round(bottom - up * (bottom - top), 1)
-
-    for y in y_ticks:
-        level = place(x_range[0], y)[1]
-        marks.append(Mark("line", ((left, level), (right, level)), "grid"))
-        marks.append(Mark("text", ((left - 8, level),), "muted", _tick(y), "end"))
-    marks.append(Mark("line", ((left, bottom), (right, bottom)), "axis"))
-    for x, text in x_ticks.items():
-        marks.append(Mark("text", ((place(x, y_ticks[0])[0], bottom + 14),), "muted", text, "middle"))
-    if x_label:
-        marks.append(Mark("text", (((left + right) / 2, height - 9),), "muted", x_label, "middle"))
-    return marks, place
+    ours = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "showtell"}  # "$" begins no formula
+    with _settings, warnings.catch_warnings(), style.context(["default", STYLE, ours]):
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
-def _nothing(width: float, height: float) -> list[Mark]:
-    return [Mark("text", ((width / 2, height / 2),), "muted", "nothing to draw yet", "middle")]
+def _figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in points."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width / 72, height / 72), layout="constrained")
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
-    """A range wide enough for floats to divide, so that a single point has an axis too."""
-    if high - low > max(1e-9 * max(abs(low), abs(high)), 1e-300):
-        return low, high
-    pad = abs(low) * 0.1 or 1.0
-    return low - pad, high + pad
+def _save(figure: Any, path: str | os.PathLike) -> Path:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=144)
+    return Path(path)
 
 
-def _step(low: float, high: float, n: int, whole: bool = False) -> float:
-    """The step of 1, 2 or 5 times a power of ten that makes at most `n` steps of a range."""
-    rough = (high - low) / n
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 5, 10) if rough <= m * power * (1 + 1e-9))
-    return max(1, round(step)) if whole else step
+def _dress(axes: Any, drawn: Mapping[str, Any], x_label: str = "", y_label: str = "") -> None:
+    """Add labels and, above the axes, a legend of the named series; say so where there are none."""
+    axes.set(xlabel=clipped(x_label, 60), ylabel=clipped(y_label, 40))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: _number(value))
+    if not drawn:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, "nothing to draw yet", ha="center", transform=axes.transAxes, color=LIGHT["muted"])
+    elif names := [clipped(name, 30) for name in drawn if name]:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
+        legend = axes.legend(drawn.values(), names, ncols=max(1, 64 // (6 + max(map(len, names)))), **place)
+        for text, name in zip(legend.get_texts(), names, strict=True):
+            text.set_text(name)
 
 
-def _ticks(low: float, high: float, whole: bool = False, outward: bool = False) -> list[float]:
-    """Round numbers inside a range, or, `outward`, the fewest that enclose it."""
-    step = _step(low, high, 5 if outward else 8, whole)
-    # A range that ends on a round number ends there, whatever the last bit of the division says.
-    if outward:
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    else:
-        first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float, outward: bool = True) -> list[float]:
-    """Round numbers that enclose a range on a logarithmic axis: 1, 2, 5, 10, … or, in a long range, powers of ten."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    if last - first > 2:
-        stride = math.ceil((last - first) / 6)
-        return [10.0**exponent for exponent in range(first, last + stride, stride)]
-    ticks = [digit * 10.0**exponent for exponent in range(first, last + 1) for digit in (1, 2, 5)]
-    start = max(i for i, tick in enumerate(ticks) if tick <= low * (1 + 1e-9))
-    stop = min(i for i, tick in enumerate(ticks) if tick >= high * (1 - 1e-9))
-    return ticks[start : stop + 1]
-
-
-def _tick(value: float) -> str:
-    """A number short enough for an axis."""
+def _number(value: float) -> str:
+    """Return a number short enough for an axis."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def _thinned(points: Sequence[Point], limit: int) -> Sequence[Point]:
-    """At most about `limit` of the points, evenly, always with the last."""
-    stride = math.ceil(len(points) / limit)
-    return points if stride <= 1 else [*points[:-1:stride], points[-1]]
+def _card_texts(card: Any) -> tuple[str, str]:
+    """Return the text above and the text below an image, each wrapped at the image's width."""
+
+    def wrapped(text: str) -> str:
+        text = clipped(text, 1000)
+        width = 17 if any(unicodedata.east_asian_width(letter) in "WF" for letter in text) else 33
+        return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
+
+    reason = [wrapped(f"({note})") for note in card.notes[:1] if card.ok is False]
+    above = "".join(wrapped(f"true: {reference}") for reference in card.references[:1])
+    verdict = " (wrong)" if card.ok is False else ""
+    return above, "\n".join([wrapped(f"predicted{verdict}: {card.predicted}"), *reason])
 
 
-def _svg(marks: Sequence[Mark], width: float, height: float, alt: str) -> str:
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}">']
-    for mark in marks:
-        (x, y), (x2, y2) = mark.xy[0], mark.xy[-1]
-        title = f"<title>{escape(mark.text)}</title>"
-        if mark.kind == "line":
-            points = " ".join(f"{x:g},{y:g}" for x, y in mark.xy)
-            parts.append(f'<polyline class="{mark.tone}" points="{points}"/>')
-        elif mark.kind == "dot":
-            parts.append(f'<circle class="{mark.tone}" cx="{x:g}" cy="{y:g}" r="3">{title}</circle>')
-        elif mark.kind == "box":
-            size = f'width="{x2 - x:.1f}" height="{y2 - y:.1f}"'
-            parts.append(f'<rect class="{mark.tone}" x="{x:.1f}" y="{y:.1f}" {size} rx="2">{title}</rect>')
-        else:
-            place = f'x="{x:g}" y="{y:g}" text-anchor="{mark.anchor}" dominant-baseline="central"'
-            parts.append(f'<text class="{mark.tone}" {place}>{escape(mark.text)}</text>')
-    return "".join(parts) + "</svg>"
-
-
-SCALE = 2
-
-
-TONES = {
-    "paper": "#ffffff", "ink": "#1a2029", "muted": "#586173", "grid": "#dde2ea", "axis": "#586173", "hole": "#eceff4",
-    "s0": "#1f5fd6", "s1": "#d2600a", "s2": "#12866b", "s3": "#8a3fd1", "s4": "#b5307f", "s5": "#6b7280",
-    "wrong": "#b3202c",
-}  # fmt: skip
-
-
-_ANCHORS = {"start": "lm", "middle": "mm", "end": "rm"}
-
-
-def write_label(
-    draw: ImageDraw.ImageDraw, xy: Point, text: str, size: float, tone: str, anchor: str = "start", scale: int = SCALE
-) -> None:
-    font = ImageFont.load_default(size * scale)
-    draw.text((xy[0] * scale, xy[1] * scale), drawable(text), fill=TONES[tone], font=font, anchor=_ANCHORS[anchor])
-
-
-def drawable(text: str) -> str:
-    """A text as near as Pillow's own font can write it: without accents, with plain dashes."""
-    letters = unicodedata.normalize("NFKD", text)
-    plain = {ord("\N{EN DASH}"): "-", ord("\N{EM DASH}"): "-", ord("\N{MULTIPLICATION SIGN}"): "x"}
-    return "".join(letter for letter in letters if not unicodedata.combining(letter)).translate(plain)
-
-
-def chart_image(chart: Chart, width: int, height: int) -> Image.Image:
-    """A chart under its title, drawn at twice the size and reduced, because Pillow's lines have jagged edges."""
-    scale, head = 2 * SCALE, 40
-    image = Image.new("RGB", (width * scale, height * scale), TONES["paper"])
-    draw = ImageDraw.Draw(image)
-    write_label(draw, (6, 20), chart.title, 17, "ink", scale=scale)
-    for mark in chart.marks(width - 12, height - head):
-        xy = [(x * scale, (y + head) * scale) for x, y in mark.xy]
-        tone, (x, y) = TONES[mark.tone], xy[0]
-        if mark.kind == "line":
-            draw.line(xy, fill=tone, width=(2 if mark.tone.startswith("s") else 1) * scale, joint="curve")
-        elif mark.kind == "dot":
-            radius = 2.5 * scale
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tone)
-        elif mark.kind == "box":
-            draw.rectangle(xy, fill=tone)
-        else:
-            write_label(draw, (x / scale, y / scale), mark.text, 13, mark.tone, mark.anchor, scale)
-    return image.reduce(2)
-
-
-def save_png(image: Image.Image, path: str | os.PathLike) -> Path:
-    with atomic_path(path) as temporary:
-        image.save(temporary, "PNG", dpi=(72 * SCALE, 72 * SCALE))
-    return Path(path)
+def _draw_card(axes: Any, card: Any) -> None:
+    """Draw an image in the middle of square axes, with a red frame if its caption is wrong."""
+    axes.set(xticks=[], yticks=[], facecolor=LIGHT["hole"], box_aspect=1)
+    axes.spines[:].set(visible=card.ok is False, color=LIGHT["wrong"], linewidth=3)
+    if card.image is None:
+        axes.text(0.5, 0.5, "no image", ha="center", va="center", color=LIGHT["muted"])
+        return
+    image = pixels(card.image)
+    height, width = image.shape[:2]
+    half = max(height, width) / 2
+    axes.imshow(image, extent=(-width / 2, width / 2, -height / 2, height / 2))
+    axes.set(xlim=(-half, half), ylim=(-half, half))

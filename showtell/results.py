@@ -1,4 +1,4 @@
-"""The page of one system's scores: `showtell evaluate --html` and `showtell score --html`, actual against predicted."""
+"""The report of one system's scores: `showtell evaluate --html` and `showtell score --html`."""
 
 from __future__ import annotations
 
@@ -7,43 +7,37 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from showtell.annotations import read_json
 from showtell.errors import MissingFileError
 from showtell.metrics import LABELS
 from showtell.report import Bars, Card, Gallery, Histogram, Interval, Table, Tile, write_page
-from showtell.scoring import Result
+from showtell.scoring import Result, _health_rows
 
-N_SHOWN = 30  # pictures among the best, and among the worst
-
-
-class Written(Protocol):
-    """What is known of a caption beside its text, as `showtell.captioner.Caption` has it."""
-
-    pieces: list[str]
-    word_probs: list[float]
+N_SHOWN = 30  # images among the best, and among the worst
+CIDER = "CIDEr-D: how many phrases the caption shares with the true captions, rare ones counting more; 0 is none."
 
 
 def write_results(
     path: str | os.PathLike,
     result: Result,
     references: Mapping[str, Sequence[str]],
-    picture: Callable[[str], object],
+    image: Callable[[str], object],
     about: str,
     tiles: Sequence[Tile] = (),
-    written: Mapping[str, Written] | None = None,
+    captions: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes one self-contained page: scores with intervals, best and worst pictures, health, lengths and words.
+    """Write one self-contained page: scores with intervals, best and worst images, health, lengths and words.
 
     Args:
         path: the file.
         result: scores and captions of one system.
         references: the true captions of each image.
-        picture: from an image id to anything `showtell.transforms.read_image` reads, or to None.
+        image: from an image id to anything `showtell.transforms.read_image` reads, or to None.
         about: one line that says what was scored.
         tiles: key numbers besides the scores.
-        written: words and their probabilities, where a model of ours wrote the captions.
+        captions: the `showtell.captioner.Caption` of each image, if known, for the word probabilities.
     """
     scores = result.scores
     cider = dict(zip(scores.ids, scores.per_image["CIDEr"].tolist(), strict=True))
@@ -51,52 +45,47 @@ def write_results(
     order = sorted(cider, key=cider.__getitem__, reverse=True)
 
     def card(i: str) -> Card:
-        pieces, probs = (written[i].pieces, written[i].word_probs) if written else ((), ())
-        return Card(picture(i), i, result.captions[i], references[i], pieces, probs, cider[i])
+        pieces, probs = (captions[i].pieces, captions[i].word_probs) if captions else ((), ())
+        return Card(image(i), i, result.captions[i], references[i], pieces, probs, cider[i])
 
     rows = []
     for name, label in LABELS.items():
         if (value := scores.corpus[name]) is not None:
             bounds = result.intervals.get(name)
             rows.append([label, Interval(100 * value, *(100 * b for b in bounds)) if bounds else 100 * value])
-    health = [[name.replace("_", " "), value] for name, value in result.health.items() if value is not None]
     lengths = {
         "predicted": [len(text.split()) for text in result.captions.values()],
-        "true": [len(text.split()) for image in scores.ids for text in references[image]],
+        "true": [len(text.split()) for i in scores.ids for text in references[i]],
     }
     words = Counter(word for text in result.captions.values() for word in text.lower().split())
+    listed = [[i, cider[i], rouge[i], result.captions[i]] for i in order[::-1]]
     n = min(N_SHOWN, len(order) // 2 or 1)
     sections = [
         Table("Scores", ["metric", "x 100"], rows, f"95 % intervals over images; tokeniser {scores.tokenizer}"),
-        Table("Health", ["what", "value"], health, "Shares are from 0 to 1.", digits=3),
-        Gallery(f"The {n} best", [card(i) for i in order[:n]], "by CIDEr-D", "CIDEr-D"),
-        Gallery(f"The {n} worst", [card(i) for i in order[::-1][:n]], "by CIDEr-D", "CIDEr-D"),
-        Histogram("Caption lengths", lengths, "words", "share of captions"),
+        Table("Health", ["measure", "value"], _health_rows([result])),
+        Gallery(f"The {n} best", [card(i) for i in order[:n]], CIDER, "CIDEr-D"),
+        Gallery(f"The {n} worst", [card(i) for i in order[::-1][:n]], CIDER, "CIDEr-D"),
+        Histogram("Caption lengths", lengths, "words", "share of captions, %"),
         Bars("Most frequent words", dict(words)),
-        Table(
-            "Every image, worst first",
-            ["image", "CIDEr-D", "ROUGE-L", "predicted"],
-            [[i, cider[i], rouge[i], result.captions[i]] for i in order[::-1]],
-            digits=3,
-        ),
+        Table("Every image, worst first", ["image", "CIDEr-D", "ROUGE-L", "predicted"], listed, digits=3),
     ]
     tiles = [*tiles, Tile("images", len(order))]
     tiles += [Tile(LABELS[name], f"{100 * scores.corpus[name]:.1f}") for name in ("Bleu_4", "CIDEr")]
     return write_page(path, "Captions, actual and predicted", about, tiles, sections)
 
 
-def picture_finder(folder: str | os.PathLike, references: str | os.PathLike) -> Callable[[str], Path | None]:
-    """From image ids to files of a folder: by COCO's annotations, by name, or by the number in the name.
+def image_finder(folder: str | os.PathLike, references: str | os.PathLike) -> Callable[[str], Path | None]:
+    """Return a function from image ids to files of a folder, found by COCO's annotations, name, or number in the name.
 
     Args:
-        folder: the pictures, in any depth.
-        references: the file of references, whose `images` say which id is which file, where it is COCO's.
+        folder: the images, in any depth.
+        references: the file of references; the `images` of COCO annotations map ids to file names.
 
     Raises:
         MissingFileError: there is no such folder.
     """
     if not Path(folder).is_dir():
-        raise MissingFileError(f"there is no folder {folder}; give the folder of the pictures with --images")
+        raise MissingFileError(f"there is no folder {folder}; give the folder of the images with --images")
     found: dict[str, Path] = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():

@@ -1,21 +1,22 @@
-"""The page of a system's scores, and finding the picture an id means."""
+"""The report of a system's scores, and the image file of an id."""
 
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from showtell.__main__ import main
-from showtell.results import picture_finder
+from showtell.results import image_finder
 
 
 @pytest.fixture
 def files(tmp_path):
-    """COCO annotations of three pictures, a system's results, and the pictures."""
-    folder = tmp_path / "pictures"
+    """COCO annotations of three images, a system's results, and the images."""
+    folder = tmp_path / "images"
     folder.mkdir()
     images = [{"id": i, "file_name": f"COCO_val2014_{i:012d}.png"} for i in (7, 12, 139)]
     for image in images:
@@ -28,30 +29,34 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_score_writes_a_page_with_every_picture_and_caption(files, capsys):
+def test_score_writes_a_page_with_images_and_captions(files, capsys):
     page = files / "page.html"
     words = ["score", str(files / "true.json"), str(files / "mine.json"), "--no-java", "--html", str(page)]
-    assert main([*words, "--images", str(files / "pictures")]) == 0
+    assert main([*words, "--images", str(files / "images")]) == 0
     text = page.read_text(encoding="utf-8")
-    assert text.count("data:image/") == 2  # of three pictures, one among the best and one among the worst
+    assert text.count("data:image/") == 2  # of three images, one among the best and one among the worst
     assert "a dog runs fast" in text
     assert "<b>here" not in text
-    assert "CIDEr-D" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "CIDEr-D" in table
+    for label, value in re.findall(r"^(different captions|words used|mean length) +(\S+(?: words)?)$", table, re.M):
+        assert re.search(rf'<th scope="row" dir="auto">{label}</th><td dir="auto"[^>]*>{value}</td>', text), label
+    assert ">different captions<" in text
 
 
-def test_two_systems_or_pictures_without_a_page_are_refused(files, capsys):
+def test_two_systems_or_images_without_a_page_are_refused(files, capsys):
     words = ["score", str(files / "true.json"), str(files / "mine.json")]
     assert main([*words, str(files / "true.json"), "--html", "page.html"]) == 2
     assert "name one file of candidates" in capsys.readouterr().err
-    assert main([*words, "--images", str(files / "pictures")]) == 2
+    assert main([*words, "--images", str(files / "images")]) == 2
     assert "add --html FILE" in capsys.readouterr().err
     assert main([*words, "--html", "page.html", "--images", str(files / "none")]) == 2
     assert "there is no folder" in capsys.readouterr().err
 
 
-def test_pictures_are_found_by_annotations_name_and_number(files):
-    find = picture_finder(files / "pictures", files / "true.json")
+def test_images_are_found_by_annotations_name_and_number(files):
+    find = image_finder(files / "images", files / "true.json")
     assert find("139").name == find("COCO_val2014_000000000139.png").name == "COCO_val2014_000000000139.png"
     assert find("8") is None
-    by_number = picture_finder(files / "pictures", "true.csv")
+    by_number = image_finder(files / "images", "true.csv")
     assert by_number("12").name == "COCO_val2014_000000000012.png"
