@@ -239,7 +239,7 @@ def write_figure(
     """
     columns = max(1, min(columns, len(cards)))
     texts = [_card_texts(card) for card in cards]
-    lines = 1 + max((sum(text.count("\n") + 1 for text in pair) for pair in texts), default=0)
+    lines = 1 + max((len("\n".join(pair).splitlines()) for pair in texts), default=0)
     rows, row_height = math.ceil(len(cards) / columns), 210 + 16 * lines
     with _style():
         heights = [max(40, rows * row_height + 30 * bool(title)), *([280] if curve else [])]
@@ -330,10 +330,10 @@ def _card_texts(card: Any) -> tuple[str, str]:
         width = 17 if any(unicodedata.east_asian_width(letter) in "WF" for letter in text) else 33
         return "\n".join(textwrap.wrap(text, width, max_lines=4, placeholder=" …"))
 
-    reason = [wrapped(f"({note})") for note in card.notes[:1] if card.ok is False]
     above = "".join(wrapped(f"true: {reference}") for reference in card.references[:1])
-    verdict = " (wrong)" if card.ok is False else ""
-    return above, "\n".join([wrapped(f"predicted{verdict}: {card.predicted}"), *reason])
+    label = "predicted (wrong): " if card.ok is False else "predicted: " if card.references else ""
+    reason = [wrapped(f"({note})") for note in card.notes[:1] if card.ok is False]
+    return above, "\n".join([wrapped(label + (card.predicted.strip() or "(empty caption)")), *reason])
 
 
 def _draw_card(axes: Any, card: Any) -> None:

@@ -1,10 +1,10 @@
-"""A data set of captions without pictures, for teaching a decoder the language before it has to look.
+"""Make a data set of captions without images, for text-only pre-training of the decoder.
 
-    python docs/text_only.py data/text flickr30k.txt.gz coco_val2014.tsv.gz:75000 --without data/coco/captions_val.json
+    python tools/text_only.py data/text flickr30k.txt.gz coco_val2014.tsv.gz:75000 --without data/coco/captions_val.json
 
-Each file is a caption a line, or `file name <tab> caption`; a number behind it is how many of its captions to take,
-drawn at random. Captions of images in `--without`, an annotation file of COCO, are left out: those that will be tested
-on. All captions are of one grey picture, which tells nothing, and 500 of every file are of its twin, for validation.
+A file has one caption per line, or `file name <tab> caption`; a number after the file limits it to a random sample of
+its captions. `--without` excludes the captions of images listed in a COCO annotation file, such as a test set. All
+training captions belong to one grey image, and 500 of every file to another for validation.
 """
 
 from __future__ import annotations
@@ -15,29 +15,30 @@ import gzip
 import json
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
-GREY = (124, 116, 104)  # ImageNet's mean, which a transform takes away
+GREY = (124, 116, 104)  # ImageNet's mean, which normalisation makes 0
 N_VAL = 500
 
 
 def read(path: str, without: set[int]) -> list[str]:
-    """The captions of one file, but those of COCO images that are to be left out."""
+    """Return the captions of one file, except those of the COCO images in `without`."""
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
         rows = [line.strip().rpartition("\t") for line in file if line.strip()]
     ids = (re.search(r"(\d{12})\.", name) for name, _, _ in rows)
-    return [text for (_, _, text), number in zip(rows, ids, strict=True) if not number or int(number[1]) not in without]
+    return [text for (_, _, text), found in zip(rows, ids, strict=True) if not found or int(found[1]) not in without]
 
 
-def main() -> None:
-    """Writes `captions.csv` and the two pictures."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write `captions.csv` and the two images."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out")
     parser.add_argument("files", nargs="+", metavar="FILE[:NUMBER]")
     parser.add_argument("--without", metavar="JSON")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     without = {i["id"] for i in json.loads(Path(args.without).read_text("utf-8"))["images"]} if args.without else set()
 
     rng, val, train = random.Random(0), [], []
@@ -57,7 +58,7 @@ def main() -> None:
         rows.writerow(["image", "caption", "split"])
         rows.writerows(["grey_val.png", text, "val"] for text in val)
         rows.writerows(["grey.png", text, "train"] for text in train)
-    print(f"{folder}: {len(train):,} captions to learn from, {len(val):,} to validate")
+    print(f"{folder}: {len(train):,} training captions, {len(val):,} validation captions")
 
 
 if __name__ == "__main__":
