@@ -312,9 +312,10 @@ def _dress(axes: Any, drawn: Mapping[str, Any], x_label: str = "", y_label: str 
         axes.text(0.5, 0.5, "nothing to draw yet", ha="center", transform=axes.transAxes, color=LIGHT["muted"])
     elif names := [clipped(name, 30) for name in drawn if name]:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
-        legend = axes.legend(drawn.values(), names, ncols=max(1, 64 // (6 + max(map(len, names)))), **place)
+        handles = [handle for name, handle in drawn.items() if name]
+        legend = axes.legend(handles, range(len(names)), ncols=max(1, 64 // (6 + max(map(len, names)))), **place)
         for text, name in zip(legend.get_texts(), names, strict=True):
-            text.set_text(name)
+            text.set_text(name)  # afterwards, because older versions leave out labels that begin with "_"
 
 
 def _number(value: float) -> str:

@@ -24,17 +24,7 @@ from PIL import Image
 from showtell import figures
 from showtell.errors import UserError
 from showtell.figures import LIGHT, write_curve
-from showtell.report import (
-    Bars,
-    Card,
-    Curve,
-    Gallery,
-    Histogram,
-    Interval,
-    Table,
-    write_figure,
-    write_page,
-)
+from showtell.report import Bars, Card, Curve, Gallery, Histogram, Interval, Table, write_figure, write_page
 
 NASTY = [
     '<script>alert("x")</script>',
@@ -55,10 +45,8 @@ class Page(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.open: list[str] = []
         self.tags: Counter = Counter()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.texts: list[str] = []  # of the elements that the search covers
-        self.scripts: list[str] = []
-        self.svg_texts: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.texts, self.scripts, self.svg_texts = [], [], []  # texts: of the elements that the search covers
         self.depth: int | None = None
         self.feed(text)
         self.close()
@@ -66,7 +54,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.attributes += [(name, value or "") for name, value in attrs]
         if tag in VOID:
             return
         self.open.append(tag)
@@ -75,8 +63,9 @@ class Page(HTMLParser):
             self.texts.append("")
 
     def handle_startendtag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -92,7 +81,7 @@ class Page(HTMLParser):
             self.scripts.append(data)
 
     def values(self, name: str) -> list[str]:
-        return [value for _, attribute, value in self.attributes if attribute == name]
+        return [value for attribute, value in self.attributes if attribute == name]
 
 
 def drawing(color=(200, 30, 40), size=64) -> np.ndarray:
@@ -181,7 +170,7 @@ def test_any_text_comes_out_as_text(write, text):
     assert page.tags["script"] == plain.tags["script"] == 1
     assert page.scripts == plain.scripts
     assert page.tags["img"] == 1
-    assert not [name for _, name, _ in page.attributes if name.startswith("on")]
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert [" ".join(found.split()) for found in page.texts] == [" ".join(text.split())] * 8
     assert page.values("alt") == [text]
     assert sum(label.startswith(f"{text}: ") for label in page.values("aria-label")) == 3
