@@ -1,22 +1,22 @@
-# The first run of any command makes .venv and installs into it; later runs start at once.
-# Give a command further arguments with ARGS, for instance: make test ARGS="-k beam"
+# The first run of any target creates .venv and installs into it; later runs start at once.
+# Pass arguments with ARGS: make test ARGS="-k beam"
 
 PYTHON = .venv/bin/python
 READY = @sh .ci/bootstrap
 PYTEST = $(PYTHON) -m pytest --timeout 300 --tidy -n auto --maxprocesses 4 --dist worksteal
 
-# Torch's threads soon sleep while they wait instead of spinning: on a busy machine ten times faster.
+# Waiting torch threads sleep instead of spinning: ten times faster on a busy machine.
 export GOMP_SPINCOUNT ?= 3000
 
 .PHONY: help demo test test-all benchmark lint format
 
 help:
-	@echo "make demo        learns to caption drawn pictures in under three minutes and writes runs/demo/index.html"
-	@echo "make test        the tests, without the slow ones"
-	@echo "make test-all    every test"
-	@echo "make benchmark   every script in benchmarks/, one after the other"
-	@echo "make lint        ruff: rules and formatting, changing nothing"
-	@echo "make format      ruff: formats, and mends what it can"
+	@echo "make demo        trains a captioner on drawn shapes in under three minutes and writes runs/demo/index.html"
+	@echo "make test        all tests except the slow ones"
+	@echo "make test-all    all tests"
+	@echo "make benchmark   all scripts in benchmarks/"
+	@echo "make lint        rules, formatting and package layers: reports, changes nothing"
+	@echo "make format      formats the code and fixes what ruff can fix"
 
 demo:
 	$(READY)
@@ -36,7 +36,7 @@ benchmark:
 
 lint:
 	$(READY)
-	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && .venv/bin/lint-imports --no-cache
 
 format:
 	$(READY)

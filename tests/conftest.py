@@ -1,7 +1,7 @@
-"""What every test gets: no network, a fixed seed, few threads; and the fixtures for what a machine may lack.
+"""Set up every test: no network, a fixed seed, few threads; and fixtures for optional data and programs.
 
-A test marked `java`, `browser`, `gpu` or `realdata` skips, with the reason, where its need is not met.
-`pytest --tidy` (as `make test` calls it) fails when the tests changed the work tree.
+A test marked `java`, `browser`, `gpu` or `realdata` is skipped, with the reason, if the machine lacks what it needs.
+`pytest --tidy` (used by `make test`) fails if the tests changed the working tree.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(OFFLINE), os.enviro
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else str(min(2, os.cpu_count() or 1))
 )
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin while they wait starve each other
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin while waiting slow each other down
 os.environ.setdefault("MPLBACKEND", "Agg")
 for library in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(library, "1")
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 
 def _offline():
-    """The module of `tests/offline`, by its path: its name is taken by the system's own on some machines."""
+    """Load `tests/offline/sitecustomize.py` by path: some systems have a `sitecustomize` of their own."""
     spec = importlib.util.spec_from_file_location("showtell_offline", OFFLINE / "sitecustomize.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -44,19 +43,16 @@ _offline().block()
 
 try:
     import hypothesis
-except ModuleNotFoundError:  # a machine that has pytest alone runs what needs no more
+except ModuleNotFoundError:  # with pytest alone, the tests that need nothing else still run
     pass
 else:
     hypothesis.settings.register_profile("showtell", derandomize=True, deadline=None, database=None)
     hypothesis.settings.load_profile("showtell")
 
 
-# ---- The same randomness for every test, in whatever order -------------------------------------------------------
-
-
 @pytest.fixture(autouse=True)
 def fixed_seed():
-    """Seeds Python, and numpy and torch where they are loaded (a fresh torch is seeded by itself)."""
+    """Seed Python, and numpy and torch if they are loaded."""
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
@@ -64,11 +60,11 @@ def fixed_seed():
         sys.modules["torch"].manual_seed(0)
 
 
-# ---- Needs that a machine may not meet ---------------------------------------------------------------------------
+# ---- Optional data and programs ----------------------------------------------------------------------------------
 
 
 def _folder_named_by(variable: str) -> Path:
-    """The folder in an environment variable; skips where it is unset, fails where it names nothing."""
+    """Return the folder in an environment variable; skip if it is unset, fail if it is no folder."""
     value = os.environ.get(variable)
     if not value:
         pytest.skip(f"{variable} is not set: no real data here")
@@ -101,7 +97,7 @@ def weights() -> Path:
 
 @pytest.fixture(scope="session")
 def chromium() -> str:
-    """The path of a Chromium that playwright can drive (`executable_path=`; with `--no-sandbox` for root)."""
+    """The path of a Chromium for playwright (`executable_path=`; with `--no-sandbox` for root)."""
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("playwright is not installed")
     for name in ("chromium", "chromium-browser", "google-chrome"):
@@ -115,7 +111,7 @@ FIXTURE_MARKS = {"shared_data": "realdata", "flickr8k": "realdata", "weights": "
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a test by the fixtures it asks for, so that the two cannot disagree, and puts the longest test first."""
+    """Mark each test by the fixtures it uses, and start the longest test first."""
     items.sort(key=lambda item: "all_five_run_in_order" not in item.name)
     for item in items:
         for fixture in FIXTURE_MARKS.keys() & set(getattr(item, "fixturenames", ())):
@@ -123,7 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test whose mark names something this machine lacks."""
+    """Skip a test whose mark names something this machine lacks."""
     if item.get_closest_marker("java"):
         if shutil.which("java") is None:
             pytest.skip("no java on the path")
@@ -138,15 +134,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip("no CUDA device")
 
 
-# ---- The work tree before and after ------------------------------------------------------------------------------
+# ---- The working tree before and after ---------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--tidy", action="store_true", help="fail when the tests changed the work tree (needs git)")
+    parser.addoption("--tidy", action="store_true", help="fail if the tests changed the working tree (needs git)")
 
 
 def work_tree(folder: Path = ROOT) -> set[str] | None:
-    """What git sees that is not committed: the new files, and each changed line; None where git cannot say."""
+    """Return what is not committed, new files and changed lines; None without git or outside a repository."""
     lines: set[str] = set()
     for command in (["status", "--porcelain", "--untracked-files=all"], ["diff", "--full-index"]):
         try:
@@ -184,6 +180,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if changes := config.stash.get(TREE_CHANGES, []):
-        terminalreporter.section("the tests changed the work tree (they may write under tmp_path alone)", red=True)
+        terminalreporter.section("the tests changed the working tree (they may only write under tmp_path)", red=True)
         for line in changes[:40]:
             terminalreporter.write_line(line)
