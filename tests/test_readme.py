@@ -94,7 +94,7 @@ def test_the_snippet_runs(home, monkeypatch, capsys):
 
 
 def test_the_tree_is_the_checkouts():
-    spec = importlib.util.spec_from_file_location("tree", ROOT / "docs" / "tree.py")
+    spec = importlib.util.spec_from_file_location("tree", ROOT / "tools" / "tree.py")
     tree = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tree)
 
@@ -103,6 +103,6 @@ def test_the_tree_is_the_checkouts():
         return {name: int(lines or 0) for name, lines in found}
 
     written, real = rows(README.split(tree.BEGIN)[1].split(tree.END)[0]), rows(tree.tree())
-    assert written.keys() == real.keys(), "the README's tree is old: run python docs/tree.py"
+    assert written.keys() == real.keys(), "the README's tree is old: run python tools/tree.py"
     for name, lines in real.items():
-        assert abs(written[name] - lines) <= 10 + lines // 10, f"{name} has {lines} lines: run python docs/tree.py"
+        assert abs(written[name] - lines) <= 10 + lines // 10, f"{name} has {lines} lines: run python tools/tree.py"
