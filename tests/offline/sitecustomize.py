@@ -1,6 +1,6 @@
-"""Refuses connections to other machines, in the test process and, through PYTHONPATH, in every Python it starts.
+"""Refuse connections to other machines in the test process and, through PYTHONPATH, in every Python it starts.
 
-Loopback and Unix sockets work as ever: process groups, notebook kernels and the web page's tests need them.
+Loopback and Unix sockets work: process groups and notebook kernels need them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class BlockedNetworkError(OSError):
 
 
 def is_local(host: object) -> bool:
-    """Whether `host` (a name, an address or None, as `socket` takes them) is this machine."""
+    """Return whether `host` (a name, an address or None, as `socket` accepts them) is this machine."""
     if isinstance(host, bytes):
         host = host.decode()
     if host in (None, "", "localhost", socket.gethostname()):
@@ -23,18 +23,18 @@ def is_local(host: object) -> bool:
     try:
         address = ipaddress.ip_address(str(host).partition("%")[0])
     except ValueError:
-        return False  # a name: looking it up is a connection too
+        return False  # resolving a name is a connection too
     return address.is_loopback or address.is_unspecified
 
 
 def refuse_other_machines(address: object) -> None:
-    """Raises `BlockedNetworkError` unless `address`, in any socket family's form, is on this machine."""
+    """Raise `BlockedNetworkError` unless `address`, in any socket family's form, is on this machine."""
     if isinstance(address, tuple) and not is_local(address[0]):
         raise BlockedNetworkError(f"tests run offline, and this one tried to reach {address[0]!r}; give it local data")
 
 
 def block() -> None:
-    """Puts the check in front of everything in `socket` that names another machine; a second call changes nothing."""
+    """Put the check before every function of `socket` that takes an address; a second call does nothing."""
     if getattr(socket, "other_machines_blocked", False):
         return
     socket.other_machines_blocked = True
