@@ -42,7 +42,7 @@ def mine(home: Path, arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "mine.py", *arguments.split()],
         cwd=home,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": path, "PATH": ""},  # no Java: METEOR would take most of the time
         capture_output=True,
         text=True,
         timeout=240,
