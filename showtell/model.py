@@ -1,6 +1,6 @@
-"""The captioner: an encoder that sees, a decoder that writes, and the loss that teaches both.
+"""The captioning model: an image encoder, a caption decoder and the training loss.
 
-Shapes are those of `showtell.decoders`: B images or captions in the batch, K captions an image, L grid cells,
+Shapes are those of `showtell.decoders`: B images or captions in the batch, K captions per image, N = B*K, L grid cells,
 D feature size, E embedding size, T caption length with <start> and <end>, V vocabulary size.
 """
 
@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from showtell.backbones import Backbone
-from showtell.decoders import DECODERS, IGNORE
-from showtell.errors import UserError
+from showtell.decoders import IGNORE, find_decoder
 
 
 class EncoderCNN(nn.Module):
-    """A backbone and the head that turns its features into what a decoder reads.
+    """A backbone and a linear head that projects its features to the decoder's input size.
 
-    `encoder(images) == encoder.embed(encoder.backbone(images))`; `encoder.embed` is the part that always trains.
+    `encoder(images) == encoder.embed(encoder.backbone(images))`; the head `encoder.embed` always trains.
     """
 
     def __init__(
@@ -33,23 +32,23 @@ class EncoderCNN(nn.Module):
         stride_in_1x1: bool = False,
         batch_norm: bool = False,
     ) -> None:
-        """Builds the encoder; `backbone`, `grid`, `weights` and `stride_in_1x1` are those of `Backbone`.
+        """Build the encoder; `backbone`, `grid`, `weights` and `stride_in_1x1` are those of `Backbone`.
 
         Args:
-            embed_size: E, the size of what the decoder reads.
-            batch_norm: adds `BatchNorm1d` behind the linear layer, as some published captioners do; over all cells of
-                all images where there is a grid.
+            embed_size: E, the size of the encoder's output.
+            batch_norm: whether to add `BatchNorm1d` after the linear layer, as some published captioners do; with a
+                grid, the statistics are over all cells of all images.
         """
         super().__init__()
         self.backbone = Backbone(backbone, grid, weights, stride_in_1x1)
         self.embed: nn.Module = nn.Linear(self.backbone.feature_size, embed_size)
         if batch_norm:
-            self.embed = nn.Sequential(self.embed, _BatchNorm(embed_size, momentum=0.01))
+            self.embed = nn.Sequential(self.embed, _BatchNorm(embed_size))
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, S, S)` -> `(B, E)`, or `(B, L, E)` with a grid; likewise from what a cache holds of them.
+        """Encode images `(B, 3, S, S)` to `(B, E)`, or `(B, L, E)` with a grid.
 
-        A cache holds what `backbone.frozen_part()` gives, in half precision, which is brought to that of the weights.
+        Instead of images it takes what a feature cache holds, the output of `backbone.frozen_part()` in any precision.
         """
         if images.dim() == 4:
             return self.embed(self.backbone(images))
@@ -57,59 +56,62 @@ class EncoderCNN(nn.Module):
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Takes grids too, and lets an epoch's last batch be a single vector, which takes the running statistics."""
+    """Batch norm that also takes grids, and batches of one vector, which it normalises by the running statistics.
+
+    These are cumulative means until their momentum has fallen to 0.01. From their initial values 0 and 1, a momentum of
+    0.01 alone would need hundreds of steps: after 63 steps, 53 % of a running mean would still be its initial value.
+    """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`(B, E)` or `(B, L, E)`, and gives the same shape."""
+        """`(B, E)` or `(B, L, E)` -> the same shape."""
         if inputs.dim() == 3:
-            return self(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])
+            return self(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])  # over (B*L, E)
         if self.training and inputs.shape[0] == 1:
             return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if self.training:  # the counter is part of the state dict, so that a resumed run continues exactly
+            self.momentum = max(0.01, 1 / (1 + int(self.num_batches_tracked)))
         return super().forward(inputs)
 
 
 class CaptionModel(nn.Module):
-    """An encoder and a decoder that fit, and the plain configuration that builds them again.
+    """An encoder with a matching decoder.
 
     Attributes:
-        config: `{"encoder": {…}, "decoder": {"name": …, …}}`, the constructors' arguments, as a checkpoint carries it.
+        config: `{"encoder": {…}, "decoder": {"name": …, …}}`, the constructor arguments of both, as checkpoints store.
     """
 
     def __init__(self, config: dict, weights: str | PathLike | None = None) -> None:
-        """Builds both halves; `weights` is the backbone's (see `Backbone`), `None` when a checkpoint follows.
+        """Build both; `weights` are the backbone's (see `Backbone`), `None` for random ones.
 
         Raises:
-            UserError: the configuration names something that does not exist.
+            UserError: there is no decoder or backbone of the configured name.
         """
         super().__init__()
         self.config = config
         arguments = dict(config["decoder"])
-        name = arguments.pop("name")
-        if name not in DECODERS:
-            raise UserError(f"there is no decoder {name!r}; choose one of {', '.join(DECODERS)}")
-        self.decoder = DECODERS[name](**arguments)
+        self.decoder = find_decoder(arguments.pop("name"))(**arguments)
         self.encoder = EncoderCNN(**config["encoder"], grid=self.decoder.grid, weights=weights)
 
     def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Teacher forcing from images `(B, 3, S, S)`, or from what a cache holds of them.
+        """Compute logits and attention by teacher forcing.
 
         Args:
-            images: images, or what `encoder.backbone.frozen_part()` gave for them: `(B, D)` or `(B, L, C)`.
-            captions: `(B, T)`, or `(B, K, T)` with K captions an image, padded with `IGNORE`.
+            images: `(B, 3, S, S)`, or the output of `encoder.backbone.frozen_part()` for them, `(B, D)` or `(B, L, C)`.
+            captions: `(B, T)`, or `(B, K, T)` with K captions per image, padded with `IGNORE`.
 
         Returns:
-            logits as `Decoder.forward` gives them for `captions.flatten(0, -2)`, and attention or `None`.
+            Logits as in `Decoder.forward`, N rows, and the attention `(N, T-1, L)` or `None`.
         """
-        return self.decoder.teacher_force(self.encoder(images), captions.flatten(0, -2))
+        return self.decoder.teacher_force(self.encoder(images), captions.flatten(0, -2))  # captions (N, T)
 
 
 class Loss(NamedTuple):
-    """Sums over the real words of a batch: divide by `words` for means; `exp(nll / words)` is the perplexity.
+    """Sums over the words of a batch: divide by `words` for means; `exp(nll / words)` is the perplexity.
 
     Attributes:
-        objective: what training descends; `nll` itself unless labels are smoothed.
+        objective: the quantity to minimise; `nll` itself without label smoothing.
         nll: the negative log-likelihood in nats, without gradient.
-        words: how many words were summed over: all but `<start>` and padding.
+        words: the number of words, without `<start>` and padding.
     """
 
     objective: Tensor
@@ -118,15 +120,14 @@ class Loss(NamedTuple):
 
 
 def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0) -> Loss:
-    """Scores a decoder's teacher-forced logits against the captions, over real words only.
+    """Compute the cross-entropy of teacher-forced logits, padding excluded.
 
     Args:
-        logits: `(N, T, V)` or `(N, T-1, V)`: the last T-1 steps are used, so that a decoder whose first step is the
-            image and one whose first step is `<start>` are treated alike.
+        logits: `(N, T, V)` or `(N, T-1, V)`; only the last T-1 steps are used, those that predict a word.
         captions: `(N, T)` or `(B, K, T)`, beginning with `<start>`, padded with `IGNORE`.
-        label_smoothing: the part of the target spread over all words (Szegedy et al. 2016, arXiv 1512.00567).
+        label_smoothing: the part of the target that is spread over all words (Szegedy et al. 2016, arXiv 1512.00567).
     """
-    targets = captions.flatten(0, -2)[:, 1:]
+    targets = captions.flatten(0, -2)[:, 1:]  # (N, T-1)
     real = targets != IGNORE
     log_probs = logits[:, -targets.shape[1] :][real].float().log_softmax(-1)  # (words, V)
     nll = -log_probs.gather(1, targets[real].unsqueeze(1)).sum()

@@ -1,4 +1,4 @@
-"""The captioner: shapes, what may depend on what, the loss over real words, and the encoder's two halves."""
+"""The captioning model: shapes, dependencies between steps, the loss and the encoder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from showtell.decoders import DECODERS, IGNORE, DecoderRNN
+from showtell.checkpoint import load_checkpoint, read_header, save_checkpoint, start_from
+from showtell.decoders import DECODERS, IGNORE, Decoder, DecoderRNN
+from showtell.decoding import STRATEGIES, DecodingOptions, decode
 from showtell.errors import UserError
 from showtell.model import CaptionModel, EncoderCNN, caption_loss
+from showtell.recipes import Recipe
+from showtell.transforms import TINY
+from showtell.vocabulary import Vocabulary
 
 V, E, H, L = 30, 8, 16, 4
 
@@ -95,7 +100,9 @@ def test_a_vector_where_a_grid_is_needed_and_the_other_way_round(name):
         return
     vector = features_for(decoder, 2)
     assert torch.equal(decoder(vector.unsqueeze(1), words(2, 5)), decoder(vector, words(2, 5)))
-    with pytest.raises(UserError, match=r"reads one vector an image and was given \(2, 4, 8\); build the encoder with"):
+    with pytest.raises(
+        UserError, match=r"takes one vector per image and was given \(2, 4, 8\); build the encoder with"
+    ):
         decoder(torch.randn(2, L, E), words(2, 5))
 
 
@@ -110,7 +117,7 @@ def test_tied_embeddings_are_one_matrix(name):
 
 
 def test_heads_must_share_the_hidden_size():
-    with pytest.raises(UserError, match="hidden_size 20 cannot be shared by 8 heads; make it a multiple"):
+    with pytest.raises(UserError, match="hidden_size=20 is not divisible by num_heads=8; choose a multiple"):
         DECODERS["transformer"](8, 20, V)
 
 
@@ -277,7 +284,7 @@ def test_sample_begins_with_start_and_ends_where_end_was_reached(name):
 
 def test_end_after_exactly_as_many_words_as_allowed_is_kept():
     class Counting(DecoderRNN):
-        """Says three words and ends."""
+        """Generates three words and ends."""
 
         def step(self, words, memory, state):
             following = {0: 3, 3: 4, 4: 5, 5: 1}[int(words)]
@@ -346,6 +353,50 @@ def test_batch_norm_behind_the_head():
     assert encoder.embed[0].weight.grad is not None
 
 
+def test_batch_norm_knows_the_statistics_after_a_short_run():
+    """The running statistics start at 0 and 1, and a constant momentum of 0.01 keeps half of that for 68 steps."""
+    torch.manual_seed(0)
+    encoder, decoder = EncoderCNN(16, "resnet18", weights=None, batch_norm=True), DecoderRNN(16, 32, V)
+    features, captions = torch.rand(48, 512) * 0.2, torch.randint(3, V, (48, 7))
+    captions[:, 0] = 0
+    parameters = [*encoder.embed.parameters(), *decoder.parameters()]
+    optimizer = torch.optim.Adam(parameters, 3e-3)
+
+    def loss_of(rows: slice) -> torch.Tensor:
+        return caption_loss(decoder(encoder(features[rows]), captions[rows]), captions[rows])
+
+    for step in range(63):
+        batch = slice(16 * (step % 3), 16 * (step % 3) + 16)
+        loss = loss_of(batch)
+        optimizer.zero_grad()
+        (loss.objective / loss.words).backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = loss_of(slice(None))
+        encoder.eval()
+        evaluated = loss_of(slice(None))
+    assert evaluated.nll / evaluated.words == pytest.approx(float(trained.nll / trained.words), abs=0.05)
+
+
+def test_batch_norm_averages_until_its_momentum_is_constant_and_resumes_exactly():
+    norm, resumed = EncoderCNN(4, "tiny", batch_norm=True).embed[1], EncoderCNN(4, "tiny", batch_norm=True).embed[1]
+    batches = torch.randn(150, 8, 4)
+    for i, batch in enumerate(batches):
+        if i == 60:
+            resumed.load_state_dict(norm.state_dict())
+        norm(batch)
+        if i >= 60:
+            resumed(batch)
+        if i < 100:
+            torch.testing.assert_close(norm.running_mean, batches[: i + 1].mean((0, 1)))
+    expected = batches[:100].mean((0, 1))
+    for batch in batches[100:]:
+        expected = 0.99 * expected + 0.01 * batch.mean(0)
+    torch.testing.assert_close(norm.running_mean, expected)
+    assert torch.equal(norm.running_mean, resumed.running_mean)
+    assert torch.equal(norm.running_var, resumed.running_var)
+
+
 def test_batch_norm_of_a_grid_is_over_all_its_cells():
     encoder = EncoderCNN(5, "tiny", grid=True, batch_norm=True).train()
     features = encoder(torch.randn(4, 3, 32, 32))
@@ -377,7 +428,7 @@ def test_the_model_is_built_from_plain_values_and_reads_images_or_features(name)
     assert torch.equal(again(images, captions)[0], logits)
 
 
-def test_an_unknown_decoder_is_told_which_there_are():
+def test_an_unknown_decoder_lists_the_known_ones():
     config = {"encoder": {"embed_size": E, "backbone": "tiny"}, "decoder": decoder_config("gru")}
     with pytest.raises(
         UserError, match="no decoder 'gru'; choose one of show-tell, every-step, attend, top-down, transformer"
@@ -394,3 +445,62 @@ def test_every_parameter_of_a_trainable_model_learns(name):
     caption_loss(model(torch.randn(4, 3, 16, 16), captions)[0], captions).objective.backward()
     still = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert still == []
+
+
+# ---- A decoder from outside the package --------------------------------------------------------------------------
+
+
+class DecoderGRU(Decoder):
+    """All that a new decoder needs."""
+
+    word_parameters = ("words.weight", "classifier.weight", "classifier.bias")
+
+    def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocab_size, embed_size)
+        self.first = nn.Linear(embed_size, hidden_size)
+        self.gru = nn.GRUCell(embed_size, hidden_size)
+        self.classifier = nn.Linear(hidden_size, vocab_size)
+
+    def start(self, features):
+        return None, (torch.tanh(self.first(self._check(features))),)
+
+    def step(self, words, memory, state):
+        hidden = self.gru(self.words(words), state[0])
+        return self.classifier(hidden), (hidden,), None
+
+
+def test_a_decoder_is_one_class_and_one_registry_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(DECODERS, "gru", DecoderGRU)
+    recipe = Recipe(encoder="tiny", decoder="gru", embed_size=8, hidden_size=16, num_layers=2)
+    assert recipe.unused_settings() == ["num_layers=2 has no effect: the decoder gru does not have it"]
+    vocab = Vocabulary([*Vocabulary().word2idx, *"abcdef"], threshold=1)
+    torch.manual_seed(0)
+    model = CaptionModel(recipe.model_config(len(vocab)))
+    images = torch.randn(2, 3, 16, 16)
+    captions = torch.tensor([[0, 3, 4, 1], [0, 5, 1, IGNORE]])
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    losses = []
+    for _ in range(40):
+        loss = caption_loss(model(images, captions)[0], captions)
+        optimizer.zero_grad()
+        loss.objective.backward()
+        optimizer.step()
+        losses.append(loss.nll.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+    path = tmp_path / "gru.safetensors"
+    save_checkpoint(path, model, vocab, TINY, {"recipe": recipe.to_dict()})
+    loaded = load_checkpoint(path).model
+    for strategy in STRATEGIES:
+        found = decode(loaded.decoder, loaded.encoder(images), strategy, DecodingOptions.of(vocab), temperature=0.1)
+        assert [captions[0].ids for captions in found] == [[3, 4], [5]]
+    larger = Vocabulary([*Vocabulary().word2idx, *"gfedcba"], threshold=1)
+    header = read_header(path)
+    other = CaptionModel(Recipe().inherit_model(header).model_config(len(larger)))
+    assert start_from(other, larger, path) == 9
+    assert torch.equal(other.decoder.words.weight[larger("a")], loaded.decoder.words.weight[vocab("a")])
+
+    monkeypatch.setattr(DecoderGRU, "word_parameters", ())
+    with pytest.raises(UserError, match=r"decoder\.words\.weight has the shape .* list it in DecoderGRU\.word_param"):
+        start_from(other, larger, path)
