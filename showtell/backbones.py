@@ -1,10 +1,11 @@
-"""The backbones: networks that turn images into features, by name, with their weights, frozen or fine-tuned.
+"""Image backbones by name, with their weights: frozen or fine-tuned, giving a vector or a grid per image.
 
 Shapes: B images of S x S pixels, L grid cells, D feature size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections import OrderedDict
@@ -15,14 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from showtell.errors import MissingFileError, UserError
+from showtell.errors import UserError
+from showtell.files import require_regular_file
 
 
 class Backbone(nn.Module):
-    """Turns images into features: one vector each, or a grid of cells for attention.
+    """An image network that gives one feature vector per image, or a grid for attention.
 
-    Frozen unless `fine_tune` is called (`"tiny"`, which has no pretrained weights, starts trainable). It is always in
-    eval mode, frozen or not, so that no batch-norm statistic drifts.
+    Frozen unless `fine_tune` is called (`"tiny"`, which has no pretrained weights, starts trainable). It is always
+    in eval mode, so that batch norm keeps the statistics of the pretrained network.
 
     Attributes:
         feature_size: D.
@@ -35,29 +37,30 @@ class Backbone(nn.Module):
         weights: str | PathLike | None = "imagenet",
         stride_in_1x1: bool = False,
     ) -> None:
-        """Builds a backbone by name.
+        """Build a backbone by name.
 
         Args:
             name: a classification network of torchvision (`resnet18` … `resnet152`, `inception_v3`, …), `tiny` for
                 the synthetic images, or `timm/NAME` with the extra `showtell[timm]`.
             grid: whether `forward` returns the grid `(B, L, D)` instead of its mean `(B, D)`.
-            weights: `"imagenet"` for the library's own (downloaded once; random with a warning where that fails), a
-                local file with a torchvision state dict, or `None` for random ones.
-            stride_in_1x1: puts a ResNet's strides into the 1x1 convolutions (He et al. 2015, "v1") instead of
-                torchvision's 3x3 ("v1.5"). Some published weights need it.
+            weights: `"imagenet"` for the library's weights (downloaded once; if that fails, random weights and a
+                warning), a local file with a torchvision state dict, or `None` for random weights.
+            stride_in_1x1: whether the strides of a ResNet are in the 1x1 convolutions (He et al. 2015, "v1") instead of
+                the 3x3 convolutions, as in torchvision ("v1.5"). Some published weights need it.
 
         Raises:
-            UserError: the name is unknown, or the weights do not fit it.
-            MissingFileError: the weights' file is not there.
+            UserError: the name is unknown, or the weights do not fit the network.
+            MissingFileError: the weights file does not exist.
         """
         super().__init__()
         self.name, self.grid = name, grid
-        self.net = _build_net(name, weights)
+        self.net = _build_net(name, weights).eval()
         if stride_in_1x1:
             _move_strides(self.net, name)
         self.to(memory_format=torch.channels_last)  # on a CPU, convolutions are up to twice as fast
-        with torch.no_grad():
-            self.feature_size = self.net.eval()(torch.zeros(1, 3, 224, 224)).shape[1]
+        if name not in _FEATURE_SIZES:
+            _FEATURE_SIZES[name] = _count_channels(self.net)
+        self.feature_size = _FEATURE_SIZES[name]
         self.fine_tune("" if name == "tiny" else None)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -66,14 +69,14 @@ class Backbone(nn.Module):
             return self._pool(self.net(images))
 
     def _pool(self, maps: Tensor) -> Tensor:
-        """The network's `(B, D, h, w)` as features."""
+        """Feature maps `(B, D, h, w)` -> `(B, L, D)` or `(B, D)`."""
         return maps.flatten(2).transpose(1, 2) if self.grid else maps.mean((2, 3))
 
     def frozen_part(self) -> Backbone | None:
-        """What training leaves as it is, as a frozen backbone whose output can be cached.
+        """Return the layers before the first that trains, as a frozen backbone whose output can be cached.
 
-        `backbone.forward_from_frozen(backbone.frozen_part()(images)) == backbone(images)`. Where nothing trains it is
-        the whole backbone; else the layers before the first that trains, and `None` if there are none.
+        `backbone.forward_from_frozen(backbone.frozen_part()(images)) == backbone(images)`. If nothing trains, it is the
+        whole backbone; if there is no frozen layer before the first that trains, `None`.
         """
         if not self.trainable:
             return self
@@ -84,61 +87,77 @@ class Backbone(nn.Module):
         nn.Module.__init__(stem)
         stem.name, stem.grid, stem.trainable = f"{self.name} before {children[n_frozen][0]}", True, False
         stem.net = nn.Sequential(OrderedDict(children[:n_frozen])).eval()
-        with torch.no_grad():
-            stem.feature_size = stem.net(next(stem.parameters()).new_zeros(1, 3, 224, 224)).shape[1]
+        stem.feature_size = _count_channels(stem.net)
         return stem
 
     def forward_from_frozen(self, features: Tensor) -> Tensor:
-        """Continues from the output of `frozen_part()`, `(B, D)` or `(B, L, C)`, to that of `forward`."""
+        """Compute the output of `forward` from that of `frozen_part()`, `(B, D)` or `(B, L, C)`."""
         if not (n_frozen := self._frozen_layers()):
             return features
         side = math.isqrt(features.shape[1])
-        maps = features.transpose(1, 2).unflatten(2, (side, side))  # in memory channels last, which convolutions like
+        maps = features.transpose(1, 2).unflatten(2, (side, side))  # (B, C, h, w), channels last in memory
         return self._pool(self.net[n_frozen:](maps))
 
     def _frozen_layers(self) -> int:
-        """How many layers come before the first that trains; 0 where none does, or they cannot be told apart."""
-        if not isinstance(self.net, nn.Sequential):
+        """Count the layers before the first that trains; 0 if there are no weights in them, or none trains."""
+        if not isinstance(self.net, nn.Sequential) or hasattr(self.net, "permute"):  # Swin's layers give (B, h, w, C)
             return 0
-        trains = (any(p.requires_grad for p in layer.parameters()) for layer in self.net)
-        return next((i for i, layer_trains in enumerate(trains) if layer_trains), 0)
+        parameters = [list(layer.parameters()) for layer in self.net]
+        first = next((i for i, own in enumerate(parameters) if any(p.requires_grad for p in own)), 0)
+        return first if any(parameters[:first]) else 0
 
     def fine_tune(self, layers: str | Iterable[str] | None) -> None:
-        """Chooses what trains: layers whose names start so (`"layer4"`, `["layer3", "layer4"]`), `""` all, `None` none.
+        """Choose the layers to train by the beginning of their names: `["layer3", "layer4"]`, `""` all, `None` none.
 
         Raises:
-            UserError: no layer has that name.
+            UserError: no layer has such a name.
         """
         prefixes = [] if layers is None else [layers] if isinstance(layers, str) else list(layers)
         for prefix in prefixes:
             if not any(name.startswith(prefix) for name, _ in self.net.named_parameters()):
                 known = ", ".join(name for name, _ in self.net.named_children())
-                raise UserError(f"{self.name} has no layer {prefix!r} to train; its layers are {known}")
+                raise UserError(f"{self.name} has no layer {prefix!r} to fine-tune; choose from {known}")
         for name, parameter in self.net.named_parameters():
             parameter.requires_grad_(any(name.startswith(prefix) for prefix in prefixes))
         self.trainable = bool(prefixes)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stays in eval mode whatever is asked: batch norm must use the statistics it was trained with."""
+        """Stay in eval mode whatever `mode` is."""
         return super().train(False)
 
 
+_FEATURE_SIZES: dict[str, int] = {}  # of the backbones built so far
+_BUILT_ON_CPU = ("timm/", "regnet")  # these compute with tensors while they are built, which the meta device cannot
+
+
 def _build_net(name: str, weights: str | PathLike | None) -> nn.Module:
-    if name == "tiny":
-        net = TinyNet()
-    elif name.startswith("timm/"):
-        net = _TimmMaps(name.removeprefix("timm/"), pretrained=weights == "imagenet")
-    else:
-        net = _torchvision_maps(name)
-        if weights == "imagenet":
-            _load_imagenet(net, name)
-    if weights not in (None, "imagenet"):
+    with torch.device("cpu") if name.startswith(_BUILT_ON_CPU) else contextlib.nullcontext():
+        if name == "tiny":
+            net = TinyNet()
+        elif name.startswith("timm/"):
+            net = _TimmMaps(name.removeprefix("timm/"), pretrained=weights == "imagenet")
+        else:
+            net = _torchvision_maps(name)
+    if weights == "imagenet" and not name.startswith(("tiny", "timm/")):
+        _load_imagenet(net, name)
+    elif weights not in (None, "imagenet"):
         load_backbone_weights(net, weights)
     return net
 
 
+@torch.no_grad()
+def _count_channels(net: nn.Module) -> int:
+    """Return the number of channels of a network's output, without computing numbers."""
+    if isinstance(net, _TimmMaps):
+        return net.net.num_features
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    image = torch.zeros(1, 3, 224, 224, device="meta")
+    return torch.func.functional_call(net, shapes, (image,)).shape[1]
+
+
 def _torchvision_maps(name: str) -> nn.Sequential:
-    """Everything of a torchvision classifier that comes before its pooling, under torchvision's own names."""
+    """Return the layers of a torchvision classifier before its pooling, under torchvision's own names."""
     from torchvision import models
 
     known = [n for n in models.list_models(module=models) if not n.startswith("vit_")]
@@ -160,7 +179,7 @@ def _torchvision_maps(name: str) -> nn.Sequential:
 
 
 class _Renormalize(nn.Module):
-    """ImageNet's mean and deviation -> the 0.5 and 0.5 that the Inception networks were trained with."""
+    """Change the normalisation from ImageNet's mean and deviation to 0.5 and 0.5, as in the Inception networks."""
 
     def forward(self, images: Tensor) -> Tensor:
         mean = images.new_tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -169,7 +188,7 @@ class _Renormalize(nn.Module):
 
 
 class _TimmMaps(nn.Module):
-    """A network of the timm library as feature maps `(B, D, h, w)`; a transformer's tokens become a square map."""
+    """A network of the timm library that gives feature maps `(B, D, h, w)`; a transformer's tokens form a square."""
 
     def __init__(self, name: str, pretrained: bool) -> None:
         super().__init__()
@@ -178,7 +197,7 @@ class _TimmMaps(nn.Module):
         except ImportError:
             raise UserError(f'the backbone timm/{name} needs timm; type pip install "showtell[timm]"') from None
         if name not in timm.list_models():
-            raise UserError(f"timm has no network {name!r}; timm.list_models() lists them")
+            raise UserError(f"timm has no network {name!r}; choose one of timm.list_models()")
         self.net = timm.create_model(name, pretrained=pretrained, num_classes=0)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -193,11 +212,11 @@ class _TimmMaps(nn.Module):
 
 
 class TinyNet(nn.Module):
-    """A small convolutional network for the 64 x 64 synthetic images; learns from scratch in minutes on a CPU.
+    """A small convolutional network for the 64 x 64 synthetic images, trained from scratch in minutes on a CPU.
 
-    The first layer cuts the image into 4 x 4 patches, which costs half of two strided convolutions and learns as
-    well. Group norm, so that training and evaluation are the same function; two coordinate channels (Liu et al. 2018,
-    "CoordConv"), so that "left of" can be learnt from few images.
+    The first layer splits the image into 4 x 4 patches, which costs half of two strided convolutions at the same
+    accuracy. Group norm makes training and evaluation the same function. Two coordinate channels (Liu et al. 2018,
+    "CoordConv") help to learn "left of" from few images.
     """
 
     def __init__(self) -> None:
@@ -221,7 +240,7 @@ class TinyNet(nn.Module):
 
 
 def _move_strides(net: nn.Module, name: str) -> None:
-    """Layout v1.5 -> v1: the stride of a stage's first block moves from its 3x3 to its 1x1 convolution."""
+    """Change layout v1.5 to v1: move the stride of each stage's first block from its 3x3 to its 1x1 convolution."""
     stages = [stage for stage_name, stage in net.named_children() if stage_name in ("layer2", "layer3", "layer4")]
     if not stages or not hasattr(stages[0][0], "conv3"):
         raise UserError(f"stride_in_1x1 needs a bottleneck ResNet such as resnet50, not {name}")
@@ -236,8 +255,8 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
         state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # no network, a proxy, a broken download: the library raises many kinds
         warnings.warn(
-            f"the ImageNet weights of {name} could not be had ({type(error).__name__}), so it starts random and will "
-            f"learn little while frozen; with a network they are downloaded once, or give a file as weights",
+            f"could not download the ImageNet weights of {name} ({type(error).__name__}); the encoder is randomly "
+            f"initialised and learns little while frozen; connect to the internet once, or pass a file as weights",
             stacklevel=4,
         )
     else:
@@ -245,17 +264,16 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
 
 
 def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
-    """Loads a torchvision state dict (`.safetensors`, or `.pth` read with `weights_only`) into a backbone's `net`.
+    """Load a torchvision state dict (`.safetensors`, or `.pth` read with `weights_only`) into a backbone's `net`.
 
-    A captioner saved by showtell serves too: what it holds besides its backbone is left.
+    A checkpoint of showtell is accepted too; only its backbone is used.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it cannot be read, or its keys or shapes are another network's.
+        UserError: it is no regular file, cannot be read, or holds the weights of another network.
     """
     path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"there are no backbone weights at {path}; give a file, or leave weights to the default")
+    require_regular_file(path, "file of backbone weights", "give a state dict, or leave out the weights")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -265,14 +283,13 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, not a checkpoint, or a pickle that wants to run code
         raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}); "
-            "a state dict in .safetensors or .pth is expected"
+            f"cannot read {path} as weights ({type(error).__name__}); give a state dict in .safetensors or .pth"
         ) from error
     _load_matching(net, state, str(path))
 
 
 def _load_matching(net: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads what the backbone has (a classifier's last layers are left out), in single precision."""
+    """Load the tensors that the backbone has, in single precision; those of a classifier's last layers are ignored."""
     if not isinstance(state, dict):
         raise UserError(f"{source} holds a {type(state).__name__}, not a state dict; save net.state_dict()")
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
@@ -282,8 +299,8 @@ def _load_matching(net: nn.Module, state: dict[str, Tensor], source: str) -> Non
     if missing or wrong:
         key = (missing or wrong)[0]
         raise UserError(
-            f"the weights of {source} are another network's: {len(missing)} tensors are missing and {len(wrong)} have "
-            f"another shape, {key} first; choose the backbone they were made for"
+            f"the weights of {source} belong to another network: {len(missing)} tensors are missing and {len(wrong)} "
+            f"have another shape, {key} first; choose the backbone they were trained with"
         )
     net.load_state_dict(
         {k: state[k].float() if own[k].is_floating_point() else state[k] for k in own if k in state}, False

@@ -1,4 +1,4 @@
-"""The backbones: torchvision's networks without their last layers, frozen for good, with weights from anywhere."""
+"""Backbones: torchvision's networks without their last layers, frozen or fine-tuned, and their weights."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from showtell import backbones
 from showtell.backbones import Backbone, TinyNet, load_backbone_weights
 from showtell.checkpoint import save_checkpoint
 from showtell.errors import MissingFileError, UserError
@@ -118,6 +119,7 @@ def test_every_classification_network_of_torchvision_is_a_backbone(name, monkeyp
             return sizes(*args, **kwargs)
 
     monkeypatch.setattr(models.regnet.BlockParams, "from_init_params", sizes_of_regnets)
+    monkeypatch.setattr(backbones, "_BUILT_ON_CPU", ())
     with torch.device("meta"):  # shapes without numbers, so that the largest ones cost nothing
         vector, grid = Backbone(name, weights=None), Backbone(name, grid=True, weights=None)
         images = torch.zeros(2, 3, 224, 224)
@@ -216,13 +218,13 @@ def test_fine_tune_chooses_several_all_and_none(frozen):
     frozen.fine_tune(None)
     assert trained() == set()
     assert not frozen(some_images()).requires_grad
-    with pytest.raises(UserError, match=r"resnet18 has no layer 'layer5' to train; its layers are conv1, bn1,"):
+    with pytest.raises(UserError, match=r"resnet18 has no layer 'layer5' to fine-tune; choose from conv1, bn1,"):
         frozen.fine_tune("layer5")
 
 
 @pytest.mark.parametrize("grid", [False, True])
 @pytest.mark.parametrize("layers", ["layer4", "layer3,layer4", "layer2,layer4"])
-def test_stem_and_finish_are_the_whole(layers, grid):
+def test_the_frozen_part_and_the_rest_equal_the_whole(layers, grid):
     backbone = Backbone("resnet18", grid, weights=None)
     settle(backbone.net, images := some_images())
     backbone.fine_tune(layers.split(","))
@@ -236,7 +238,26 @@ def test_stem_and_finish_are_the_whole(layers, grid):
     assert {name.split(".")[0] for name in trained} == set(layers.split(","))
 
 
-def test_the_stem_of_a_frozen_backbone_is_the_whole_and_of_a_trained_one_nothing(frozen):
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("inception_v3", ""), ("inception_v3", "Conv2d_1a_3x3"), ("googlenet", ""), ("swin_t", "norm"), ("swin_t", "")],
+)
+def test_without_frozen_weights_before_the_trained_ones_there_is_no_frozen_part(name, layers):
+    """`_Renormalize` comes first in Inception and has no weights; the layers of Swin give channels last."""
+    with torch.device("meta"):
+        backbone, images = Backbone(name, grid=True, weights=None), torch.zeros(2, 3, 224, 224)
+    backbone.fine_tune(layers)
+    assert backbone.frozen_part() is None
+    assert backbone(images).shape == backbone.forward_from_frozen(backbone(images)).shape
+
+
+def test_layers_after_a_normalisation_without_weights_can_be_cached():
+    backbone, images = Backbone("googlenet", grid=True, weights=None), some_images(2, 64)
+    backbone.fine_tune("inception5b")
+    torch.testing.assert_close(backbone.forward_from_frozen(backbone.frozen_part()(images)), backbone(images))
+
+
+def test_the_frozen_part_of_a_frozen_backbone_is_all_of_it_and_of_a_trained_one_nothing(frozen):
     assert frozen.frozen_part() is frozen
     features = torch.randn(2, 512)
     assert frozen.forward_from_frozen(features) is features
@@ -265,7 +286,7 @@ def test_tiny_starts_trainable():
 # ---- Names, layouts, weights -------------------------------------------------------------------------------------
 
 
-def test_unknown_names_are_told_what_exists():
+def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(
         UserError, match=r"no backbone 'resnet51'; choose tiny, timm/NAME or one of alexnet, .*resnet50"
     ):
@@ -317,7 +338,7 @@ class Hostile:
         return os.mkdir, ("trace",)
 
 
-def test_wrong_weights_get_one_sentence(tmp_path, monkeypatch):
+def test_unusable_weights_get_one_error_message(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     good = torchvisions("resnet18").state_dict()
     torch.save(good, "good.pth")
@@ -330,13 +351,13 @@ def test_wrong_weights_get_one_sentence(tmp_path, monkeypatch):
     torch.save({"x": Hostile()}, "hostile.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Hostile(), 2))
     for name, sentence in {
-        "gone.pth": "there are no backbone weights at gone.pth",
-        "cut.pth": "cut.pth cannot be read as weights",
-        "text.pth": "text.pth cannot be read as weights",
-        "text.safetensors": "text.safetensors cannot be read as weights",
-        "hostile.pth": "hostile.pth cannot be read as weights",
-        "plain.pth": "plain.pth cannot be read as weights",
-        "part.pth": "are another network's: 99 tensors are missing and 0 have another shape",
+        "gone.pth": "there is no file of backbone weights at gone.pth",
+        "cut.pth": "cannot read cut.pth as weights",
+        "text.pth": "cannot read text.pth as weights",
+        "text.safetensors": "cannot read text.safetensors as weights",
+        "hostile.pth": "cannot read hostile.pth as weights",
+        "plain.pth": "cannot read plain.pth as weights",
+        "part.pth": "belong to another network: 99 tensors are missing and 0 have another shape",
         "shape.pth": "0 tensors are missing and 1 have another shape, conv1.weight first",
     }.items():
         with pytest.raises(UserError) as caught:
@@ -346,21 +367,26 @@ def test_wrong_weights_get_one_sentence(tmp_path, monkeypatch):
     assert not (tmp_path / "trace").exists()
     with pytest.raises(MissingFileError):
         load_backbone_weights(nn.Linear(1, 1), "gone.pth")
-    with pytest.raises(UserError, match="choose the backbone they were made for"):
+    os.mkfifo("pipe.pth")
+    with pytest.raises(UserError, match=r"pipe\.pth is no regular file"):
+        load_backbone_weights(nn.Linear(1, 1), "pipe.pth")
+    with pytest.raises(UserError, match="choose the backbone they were trained with"):
         Backbone("resnet34", weights="good.pth")
 
 
 @pytest.mark.parametrize("value", [[1, 2], {"state_dict": {}}, {"conv1.weight": 3}, torch.zeros(3), None])
 def test_a_file_of_something_else_is_no_weights(tmp_path, value):
     torch.save(value, tmp_path / "w.pth")
-    with pytest.raises(UserError, match=r"holds a \w+, not a state dict|are another network's"):
+    with pytest.raises(UserError, match=r"holds a \w+, not a state dict|belong to another network"):
         Backbone("resnet18", weights=tmp_path / "w.pth")
 
 
-def test_without_a_network_it_starts_random_and_says_so(tmp_path, monkeypatch):
+def test_a_failed_download_gives_random_weights_and_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "*")
-    with pytest.warns(UserWarning, match="ImageNet weights of resnet18 could not be had .* or give a file as weights"):
+    with pytest.warns(
+        UserWarning, match="could not download the ImageNet weights of resnet18 .* or pass a file as weights"
+    ):
         backbone = Backbone("resnet18")
     assert backbone(some_images()).std() > 0
     assert not any(parameter.requires_grad for parameter in backbone.parameters())

@@ -569,7 +569,7 @@ def test_a_run_can_start_from_a_trained_model(straight, tmp_path):
 
 
 def test_an_unknown_layer_is_named(tmp_path):
-    with pytest.raises(UserError, match="resnet18 has no layer 'layer9' to train; its layers are conv1"):
+    with pytest.raises(UserError, match="resnet18 has no layer 'layer9' to fine-tune; choose from conv1"):
         trainer_in(tmp_path, RESNET.with_settings({"fine_tune": "layer9"}))
 
 

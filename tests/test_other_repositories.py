@@ -1,4 +1,4 @@
-"""The lines of the ancestors' notebooks, through the front doors, on the synthetic images.
+"""The notebooks of other captioning repositories, run through the front doors on the synthetic images.
 
 Each test runs lines such as a reader of those notebooks would type; training and inference in a Python of its own.
 """
@@ -242,7 +242,7 @@ def test_training_and_inference(tmp_path, vocab_file):
     """In a Python of its own at the root, with the whole synthetic set."""
     start = f"""
     import os
-    os.environ['TORCH_HOME'] = {str(tmp_path / "none")!r}  # no weights there: the encoder says so and starts random
+    os.environ['TORCH_HOME'] = {str(tmp_path / "none")!r}  # no weights there: the encoder is randomly initialised
     os.environ['NO_PROXY'] = '*'
     folder, vocab_file = {str(tmp_path)!r}, {str(vocab_file)!r}
     """
@@ -251,7 +251,7 @@ def test_training_and_inference(tmp_path, vocab_file):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "done"
-    assert "could not be had" in result.stderr
+    assert "could not download the ImageNet weights" in result.stderr
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["decoder-1.pkl", "encoder-1.pkl"]
 
 
