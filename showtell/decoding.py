@@ -1,6 +1,9 @@
-"""Writing captions with a trained decoder: greedy, beam search, sampling; batched, with scores, under one set of rules.
+"""Caption generation with any decoder: greedy, beam search and sampling, for batches of images.
 
-Shapes: B images, K beams (or samples) an image, N = B*K rows, t words so far, L grid cells, V vocabulary size.
+All take a decoder in eval mode, the encoder's output `(B, E)` or `(B, L, E)`, `DecodingOptions`, and whether to return
+the attention (`alphas`).
+
+Shapes: B images, K beams (or samples) per image, N = B*K rows, t words so far, L grid cells, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,13 +22,13 @@ from showtell.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One caption as a decoder wrote it.
+    """A generated caption.
 
     Attributes:
-        ids: its words, without `<start>` and `<end>`.
-        log_probs: the model's log-probability of each word, and last that of `<end>`, in nats.
+        ids: the words, without `<start>` and `<end>`.
+        log_probs: the log-probability of each word and, last, of `<end>`, in nats.
         score: their sum divided by their number to the power `DecodingOptions.length_penalty`.
-        alphas: attention `(len(ids), L)` at each word, from decoders that have it, when asked for.
+        alphas: the attention `(len(ids), L)` at each word, if requested and the decoder attends.
     """
 
     ids: list[int]
@@ -36,14 +39,14 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """What a caption may be, and how captions of different lengths compare.
+    """Constraints on captions, and the length normalisation of their scores.
 
     Attributes:
-        banned: ids never written: `<start>`, and `<unk>` unless it is allowed.
-        min_len: the fewest words.
-        max_len: the most words; after so many only `<end>` can follow, so that every caption ends.
-        no_repeat_ngram: no run of so many words occurs twice; 0 turns this off.
-        length_penalty: alpha in `sum of log-probabilities / length ** alpha`, `<end>` counted; 0 favours the short.
+        banned: ids that are never generated: `<start>`, and `<unk>` unless it is allowed.
+        min_len: the minimum number of words.
+        max_len: the maximum number of words; `<end>` is forced after them.
+        no_repeat_ngram: n-grams of this size occur at most once; 0 disables.
+        length_penalty: alpha in `sum of log-probabilities / length ** alpha`, `<end>` counted; 0 favours short ones.
     """
 
     start_id: int = 0
@@ -56,28 +59,25 @@ class DecodingOptions:
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_len <= self.max_len or self.max_len < 1:
-            raise UserError(
-                f"a caption of {self.min_len} to {self.max_len} words cannot be; give 0 <= min_len <= max_len"
-            )
+            given = f"min_len={self.min_len} and max_len={self.max_len}"
+            raise UserError(f"{given} allow no caption; give 0 <= min_len <= max_len and max_len >= 1")
         if self.length_penalty < 0 or self.no_repeat_ngram < 0:
-            raise UserError("length_penalty and no_repeat_ngram cannot be negative; 0 turns either off")
+            given = f"length_penalty={self.length_penalty} and no_repeat_ngram={self.no_repeat_ngram}"
+            raise UserError(f"{given} must not be negative; 0 disables")
 
     @classmethod
     def of(cls, vocab: Vocabulary, allow_unk: bool = False, **options: float) -> DecodingOptions:
-        """The rules for a vocabulary's special words; `options` are the other attributes."""
+        """Return the options for a vocabulary's special words; `options` are the other attributes."""
         special = {vocab.start_id, vocab("<pad>") if "<pad>" in vocab else vocab.start_id}
         banned = special if allow_unk else special | {vocab.unk_id}
         return cls(vocab.start_id, vocab.end_id, tuple(sorted(banned)), **options)
 
     def score(self, log_probs: list[float]) -> float:
-        """The length-normalised score of a finished caption."""
+        """Return the length-normalised score of a finished caption."""
         return math.fsum(log_probs) / len(log_probs) ** self.length_penalty
 
     def apply(self, log_probs: Tensor, history: Tensor) -> Tensor:
-        """Masks the next words: log-probabilities `(N, V)` after words `(N, t)`, with -inf for what is not allowed.
-
-        Where nothing is left, `<end>` is.
-        """
+        """Set log-probabilities `(N, V)` of words that may not follow `(N, t)` to -inf; `<end>` is left if all are."""
         t = history.shape[1]
         end = log_probs[:, self.end_id]
         allowed = log_probs.clone()
@@ -101,28 +101,24 @@ class DecodingOptions:
 
 @torch.no_grad()
 def greedy(
-    decoder: Decoder, features: Tensor, rules: DecodingOptions | None = None, alphas: bool = False
+    decoder: Decoder, features: Tensor, options: DecodingOptions | None = None, alphas: bool = False
 ) -> list[Hypothesis]:
-    """Takes the most likely word at every step.
+    """Choose the most likely word at every step; return one hypothesis per image."""
+    totals = features.new_zeros(features.shape[0], 1, dtype=torch.float)
 
-    Args:
-        decoder: any decoder, in eval mode.
-        features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `DecodingOptions`.
-        alphas: whether to keep the attention.
+    def choose(allowed: Tensor) -> Tensor:
+        nonlocal totals
+        totals, words = (totals + allowed).topk(1, 1)  # ties are broken as in `beam_search`, (B, 1)
+        return words.squeeze(1)  # (B,)
 
-    Returns:
-        one hypothesis an image.
-    """
-    rows = _roll_out(decoder, features, 1, rules or DecodingOptions(), lambda allowed: allowed.argmax(1), alphas)
-    return [row[0] for row in rows]
+    return [found for (found,) in _roll_out(decoder, features, 1, options or DecodingOptions(), choose, alphas)]
 
 
 @torch.no_grad()
 def sample(
     decoder: Decoder,
     features: Tensor,
-    rules: DecodingOptions | None = None,
+    options: DecodingOptions | None = None,
     n: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -130,22 +126,18 @@ def sample(
     generator: torch.Generator | None = None,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Draws `n` captions an image from the model's distribution, in the order drawn.
+    """Sample `n` captions per image from the model's distribution, returned in the order drawn.
 
     Args:
-        decoder: any decoder, in eval mode.
-        features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `DecodingOptions`.
-        n: how many captions an image.
+        n: the number of captions per image.
         temperature: below 1 sharpens the distribution, above 1 flattens it.
-        top_k: draws from the so many likeliest words only; 0 from all.
-        top_p: draws from the likeliest words that together reach this probability (Holtzman et al. 2020, arXiv
-            1904.09751); 1 from all.
-        generator: makes the draw repeatable.
-        alphas: whether to keep the attention.
+        top_k: sample from the k most likely words; 0 disables.
+        top_p: sample from the smallest set of most likely words with at least this probability (nucleus sampling,
+            Holtzman et al. 2020, arXiv 1904.09751); 1 disables.
+        generator: the random generator.
 
     Raises:
-        UserError: an argument is out of its range.
+        UserError: an argument is out of range.
     """
     if n < 1 or temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise UserError(
@@ -156,101 +148,94 @@ def sample(
     def draw(allowed: Tensor) -> Tensor:
         probs = (allowed / temperature).softmax(1)
         ordered, index = probs.sort(1, descending=True)
-        out = ordered.cumsum(1) - ordered >= top_p  # what comes before a word already reaches top_p
+        out = ordered.cumsum(1) - ordered >= top_p  # the words before this one already reach top_p
         if top_k:
             out[:, top_k:] = True
-        choice = torch.multinomial(ordered.masked_fill(out, 0.0), 1, generator=generator)
-        return index.gather(1, choice).squeeze(1)
+        choice = torch.multinomial(ordered.masked_fill(out, 0.0), 1, generator=generator)  # (N, 1)
+        return index.gather(1, choice).squeeze(1)  # (N,)
 
-    return _roll_out(decoder, features, n, rules or DecodingOptions(), draw, alphas)
+    return _roll_out(decoder, features, n, options or DecodingOptions(), draw, alphas)
 
 
 def _roll_out(
     decoder: Decoder,
     features: Tensor,
     k: int,
-    rules: DecodingOptions,
+    options: DecodingOptions,
     choose: Callable[[Tensor], Tensor],
     keep_alphas: bool,
 ) -> list[list[Hypothesis]]:
-    """Writes k captions an image, each on its own, with `choose` picking a word for every row."""
+    """Generate k independent captions per image; `choose` selects a word for every row."""
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
     n = features.shape[0] * k
-    words = torch.full((n,), rules.start_id, device=features.device)
-    history = words.new_empty(n, 0)
+    words = torch.full((n,), options.start_id, device=features.device)
+    history = words.new_empty(n, 0)  # (N, t)
     log_probs, alphas = [], []
     open_rows = torch.ones(n, dtype=torch.bool, device=features.device)
     while open_rows.any():
         logits, state, alpha = decoder.step(words, memory, state)
         log_prob = logits.float().log_softmax(1)
-        words = choose(rules.apply(log_prob, history)).where(open_rows, words.new_tensor(rules.end_id))
+        words = choose(options.apply(log_prob, history)).where(open_rows, words.new_tensor(options.end_id))
         history = torch.cat([history, words[:, None]], 1)
         log_probs.append(log_prob.gather(1, words[:, None]))
         alphas.append(alpha)
-        open_rows &= words != rules.end_id
-    lengths = (history == rules.end_id).int().argmax(1).tolist()
+        open_rows &= words != options.end_id
+    lengths = (history == options.end_id).int().argmax(1).tolist()
     steps = torch.stack(alphas, 1) if keep_alphas and alphas[0] is not None else None  # (N, t, L)
     values = torch.cat(log_probs, 1).tolist()
-    rows = []
+    found = []
     for i, length in enumerate(lengths):
         own = values[i][: length + 1]
-        looked = None if steps is None else steps[i, :length].cpu()
-        rows.append(Hypothesis(history[i, :length].tolist(), own, rules.score(own), looked))
-    return [rows[i : i + k] for i in range(0, n, k)]
+        attention = None if steps is None else steps[i, :length].cpu()
+        found.append(Hypothesis(history[i, :length].tolist(), own, options.score(own), attention))
+    return [found[i : i + k] for i in range(0, n, k)]
 
 
 @torch.no_grad()
 def beam_search(
     decoder: Decoder,
     features: Tensor,
-    rules: DecodingOptions | None = None,
+    options: DecodingOptions | None = None,
     beam_size: int = 5,
     n_best: int = 1,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Finds captions of high score by keeping the `beam_size` best beginnings at every step, all images at once.
+    """Search for the captions with the highest scores, keeping `beam_size` partial captions per image.
 
-    A caption that ends takes its place in the beam along, so that with `beam_size` 1 this is `greedy`, and with a beam
-    as wide as the number of possible captions it is exhaustive. An image is done early when nothing still open can
-    reach the captions it has.
+    A finished caption keeps its beam slot. Therefore a beam of 1 gives the captions of `greedy`, and a beam as wide as
+    the number of possible captions is an exhaustive search. The search of an image stops early when none of its partial
+    captions can reach the scores of the finished ones.
 
     Args:
-        decoder: any decoder, in eval mode.
-        features: the encoder's output, `(B, E)` or `(B, L, E)`.
-        rules: see `DecodingOptions`.
         beam_size: K.
-        n_best: how many captions to return an image, at most `beam_size`.
-        alphas: whether to keep the attention.
-
-    Returns:
-        for each image its captions, best first.
+        n_best: the number of captions to return per image, best first; at most `beam_size`.
 
     Raises:
         UserError: `n_best` is not between 1 and `beam_size`.
     """
     if not 1 <= n_best <= beam_size:
         raise UserError(f"cannot return {n_best} captions from a beam of {beam_size}; give 1 <= n_best <= beam_size")
-    rules = rules or DecodingOptions()
+    options = options or DecodingOptions()
     b, k = features.shape[0], beam_size
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
-    words = torch.full((b * k,), rules.start_id, device=features.device)
+    words = torch.full((b * k,), options.start_id, device=features.device)
     history = words.new_empty(b, k, 0)  # (B, K, t)
     word_log_probs = features.new_empty(b, k, 0, dtype=torch.float)
-    looked: Tensor | None = None  # (B, K, t, L)
+    attention: Tensor | None = None  # (B, K, t, L)
     totals = features.new_full((b, k), -math.inf, dtype=torch.float)
     totals[:, 0] = 0.0  # the K beams of an image begin as one
-    places = torch.full((b, 1), k, device=features.device)  # of the beam, not yet taken by captions that ended
+    slots = torch.full((b, 1), k, device=features.device)  # of the beam, not taken by finished captions
     rank = torch.arange(k, device=features.device)
     first_row = torch.arange(b, device=features.device)[:, None] * k
     finished: list[list[Hypothesis]] = [[] for _ in range(b)]
 
-    for _ in range(rules.max_len + 1):
+    for _ in range(options.max_len + 1):
         logits, state, alpha = decoder.step(words, memory, state)
         log_probs = logits.float().log_softmax(1)
         v = log_probs.shape[1]
-        allowed = rules.apply(log_probs, history.flatten(0, 1))
+        allowed = options.apply(log_probs, history.flatten(0, 1))
         scores = (totals.view(-1, 1) + allowed).view(b, k * v)
         totals, best = scores.topk(k, 1)
         parents, words = best // v, best % v  # (B, K)
@@ -261,18 +246,18 @@ def beam_search(
         word_log_probs = torch.cat([_reorder(word_log_probs, parents), new[..., None]], 2)
         if alphas and alpha is not None:
             alpha = alpha.view(b, k, 1, -1)
-            looked = _reorder(alpha if looked is None else torch.cat([looked, alpha], 2), parents)
+            attention = _reorder(alpha if attention is None else torch.cat([attention, alpha], 2), parents)
 
-        alive = (rank < places) & ~totals.isneginf()
-        ended = alive & (words == rules.end_id)
+        alive = (rank < slots) & ~totals.isneginf()
+        ended = alive & (words == options.end_id)
         for i, j in ended.nonzero().tolist():
             own = word_log_probs[i, j].tolist()
-            view = None if looked is None else looked[i, j, :-1].cpu()
-            finished[i].append(Hypothesis(history[i, j, :-1].tolist(), own, rules.score(own), view))
-        places -= ended.sum(1, keepdim=True)
+            view = None if attention is None else attention[i, j, :-1].cpu()
+            finished[i].append(Hypothesis(history[i, j, :-1].tolist(), own, options.score(own), view))
+        slots -= ended.sum(1, keepdim=True)
         totals = totals.masked_fill(~alive | ended, -math.inf)
-        # Log-probabilities only fall, so no open caption can end above its total over the longest length's power.
-        bounds = (totals.amax(1) / (rules.max_len + 1) ** rules.length_penalty).tolist()
+        # A total only falls, so that no partial caption can finish with a higher score than this.
+        bounds = (totals.amax(1) / (options.max_len + 1) ** options.length_penalty).tolist()
         for i, bound in enumerate(bounds):
             if bound > -math.inf and len(finished[i]) >= n_best:
                 reached = sorted(h.score for h in finished[i])[-n_best]
@@ -282,6 +267,9 @@ def beam_search(
             break
         words = words.flatten()
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
+
+
+STRATEGIES: dict[str, Callable] = {"beam": beam_search, "greedy": greedy, "sample": sample}
 
 
 def decode(
@@ -297,21 +285,38 @@ def decode(
     generator: torch.Generator | None = None,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Captions encoded images with any strategy: `beam`, `greedy` or `sample`; `n` captions an image.
+    """Generate `n` captions per image with any of `STRATEGIES`; see the three functions for the arguments.
+
+    `beam_size` is raised to `n` where it is smaller.
 
     Raises:
-        UserError: there is no such strategy, or an argument is out of its range.
+        UserError: there is no such strategy, an argument is out of range, or the model computes NaN.
     """
-    if strategy == "beam":
-        return beam_search(decoder, features, options, max(beam_size, n), n, alphas)
+    require_strategy(strategy, n, beam_size)
+    arguments = {
+        "beam": {"beam_size": max(beam_size, n), "n_best": n},
+        "greedy": {},
+        "sample": {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator},
+    }[strategy]
+    found = STRATEGIES[strategy](decoder, features, options, alphas=alphas, **arguments)
     if strategy == "greedy":
-        return [[found] for found in greedy(decoder, features, options, alphas)]
-    if strategy == "sample":
-        return sample(decoder, features, options, n, temperature, top_k, top_p, generator, alphas)
-    raise UserError(f"there is no decoding strategy {strategy!r}; choose one of beam, greedy, sample")
+        found = [[caption] for caption in found]
+    if not all(captions and math.isfinite(captions[0].score) for captions in found):
+        raise UserError("the model computes values that are not finite, so it is damaged; fetch or train it again")
+    return found
+
+
+def require_strategy(strategy: str, n: int = 1, beam_size: int = 1) -> None:
+    """Raise `UserError` if `decode` does not accept these arguments; needs no model."""
+    if strategy not in STRATEGIES:
+        raise UserError(f"there is no decoding strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+    if n < 1 or beam_size < 1:
+        raise UserError(f"cannot decode with n={n} and beam_size={beam_size}; give whole numbers from 1 up")
+    if strategy == "greedy" and n > 1:
+        raise UserError(f"greedy decoding gives one caption per image, not {n}; use the strategy beam or sample")
 
 
 def _reorder(beams: Tensor, parents: Tensor) -> Tensor:
-    """Takes each image's beams `(B, K, …)` in the order of `parents` `(B, K)`."""
+    """Select the beams `(B, K, …)` of each image by `parents` `(B, K)`."""
     index = parents.view(*parents.shape, *(1,) * (beams.dim() - 2)).expand(-1, -1, *beams.shape[2:])
     return beams.gather(1, index)

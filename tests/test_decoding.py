@@ -1,4 +1,4 @@
-"""Decoding: one word at a time equals all at once, wide beams equal exhaustive search, a batch equals its images."""
+"""Decoding: step by step equals teacher forcing, a full beam equals exhaustive search, a batch equals its images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from showtell.decoders import DECODERS, repeat_rows
-from showtell.decoding import DecodingOptions, beam_search, greedy, sample
+from showtell.decoding import STRATEGIES, DecodingOptions, beam_search, decode, greedy, sample
 from showtell.errors import UserError
 
 pytestmark = pytest.mark.parametrize("name", DECODERS)
@@ -60,17 +60,17 @@ def test_captions_of_one_image_equal_the_image_repeated(decoder):
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
 def test_full_beam_is_exhaustive(decoder, length_penalty):
-    rules = DecodingOptions(max_len=3, length_penalty=length_penalty)
+    options = DecodingOptions(max_len=3, length_penalty=length_penalty)
     features = features_for(decoder, 2)
     words = [i for i in range(V) if i not in (0, 1, 2)]
     for i in range(2):
         scored = []
-        for n in range(rules.max_len + 1):
+        for n in range(options.max_len + 1):
             for ids in itertools.product(words, repeat=n):
                 total = log_prob_of(decoder, features[i : i + 1], [*ids, 1])
                 scored.append((total / (n + 1) ** length_penalty, list(ids)))
         scored.sort(key=lambda pair: -pair[0])
-        found = beam_search(decoder, features, rules, beam_size=64, n_best=10)[i]
+        found = beam_search(decoder, features, options, beam_size=64, n_best=10)[i]
         assert [h.ids for h in found] == [ids for _, ids in scored[:10]]
         assert [h.score for h in found] == pytest.approx([s for s, _ in scored[:10]], abs=1e-4)
 
@@ -80,6 +80,36 @@ def test_beam_of_one_is_greedy(decoder):
     one = [h[0] for h in beam_search(decoder, features, beam_size=1)]
     assert [h.ids for h in one] == [h.ids for h in greedy(decoder, features)]
     assert [h.score for h in one] == pytest.approx([h.score for h in greedy(decoder, features)], abs=1e-5)
+
+
+@pytest.mark.parametrize("gap", [0.0, 2e-7, 4e-7])
+def test_beam_of_one_is_greedy_at_ties_with_end(decoder, gap):
+    """A gap of two units in the last place vanishes when a log-probability is added to a caption's total."""
+    decoder.linear.weight.data.zero_()
+    features = features_for(decoder, 2)
+    for options in (DecodingOptions(), DecodingOptions(min_len=3)):
+        for other in (3, 4, 5):
+            decoder.linear.bias.data.zero_()
+            decoder.linear.bias.data[1] = 2.0
+            decoder.linear.bias.data[other] = 2.0 + gap
+            one = [h[0].ids for h in beam_search(decoder, features, options, beam_size=1)]
+            assert one == [h.ids for h in greedy(decoder, features, options)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_decode_gives_the_captions_of_each_strategy(decoder, strategy):
+    features, options = features_for(decoder, 3), DecodingOptions(max_len=5)
+    n = 1 if strategy == "greedy" else 3
+    found = decode(decoder, features, strategy, options, n, 2, generator=torch.Generator().manual_seed(1))
+    expected = {
+        "beam": lambda: beam_search(decoder, features, options, 3, 3),
+        "greedy": lambda: [[h] for h in greedy(decoder, features, options)],
+        "sample": lambda: sample(decoder, features, options, 3, generator=torch.Generator().manual_seed(1)),
+    }[strategy]()
+    assert found == expected
+    assert [len(captions) for captions in found] == [n] * 3
+    with pytest.raises(UserError, match="the model computes values that are not finite"):
+        decode(decoder, features * math.nan, "beam", options)
 
 
 def test_a_batch_equals_its_images_one_by_one(decoder):
@@ -126,9 +156,9 @@ def test_beam_attention_follows_its_own_beam(decoder):
 
 def test_lengths_are_kept(decoder):
     features = features_for(decoder, 6)
-    rules = DecodingOptions(min_len=4, max_len=6)
-    for decode in (greedy, beam_search, sample):
-        for result in decode(decoder, features, rules):
+    options = DecodingOptions(min_len=4, max_len=6)
+    for search in STRATEGIES.values():
+        for result in search(decoder, features, options):
             for h in result if isinstance(result, list) else [result]:
                 assert 4 <= len(h.ids) <= 6
                 assert len(h.log_probs) == len(h.ids) + 1
@@ -141,7 +171,7 @@ def test_a_beam_that_never_ends_is_cut_at_max_len(decoder):
     assert all(len(h.ids) == 5 for hypotheses in found for h in hypotheses)
 
 
-def test_special_words_are_not_written(decoder):
+def test_banned_words_are_not_generated(decoder):
     decoder.linear.bias.data[[0, 2]] = 50.0
     features = features_for(decoder, 4)
     for h in [*greedy(decoder, features), *(s for row in sample(decoder, features, n=3) for s in row)]:
@@ -163,15 +193,15 @@ def test_no_ngram_comes_twice(decoder):
 
 def test_sampling_follows_the_distribution_and_its_seed(decoder):
     features = features_for(decoder, 1)
-    rules = DecodingOptions(max_len=1, banned=(0,))
+    options = DecodingOptions(max_len=1, banned=(0,))
     memory, state = decoder.start(features)
     logits, _, _ = decoder.step(torch.tensor([0]), memory, state)
     expected = (
         DecodingOptions(banned=(0,)).apply(logits.log_softmax(1), torch.empty(1, 0, dtype=torch.long)).softmax(1)[0]
     )
 
-    def first_words(seed, **options):
-        drawn = sample(decoder, features, rules, n=4000, generator=torch.Generator().manual_seed(seed), **options)[0]
+    def first_words(seed, **narrowed):
+        drawn = sample(decoder, features, options, n=4000, generator=torch.Generator().manual_seed(seed), **narrowed)[0]
         return torch.tensor([h.ids[0] if h.ids else 1 for h in drawn])
 
     words = first_words(0)
@@ -184,11 +214,18 @@ def test_sampling_follows_the_distribution_and_its_seed(decoder):
     assert set(first_words(0, temperature=0.01).tolist()) == {int(best[0])}
 
 
-def test_impossible_requests_are_refused(decoder):
+def test_arguments_out_of_range_are_refused(decoder):
     features = features_for(decoder, 1)
     with pytest.raises(UserError, match="1 <= n_best <= beam_size"):
         beam_search(decoder, features, beam_size=2, n_best=3)
     with pytest.raises(UserError, match="temperature > 0"):
         sample(decoder, features, temperature=0.0)
+    for arguments, message in {
+        ("annealing",): "no decoding strategy 'annealing'; choose one of beam, greedy, sample",
+        ("greedy", None, 2): "greedy decoding gives one caption per image, not 2; use the strategy beam or sample",
+        ("beam", None, 1, 0): "cannot decode with n=1 and beam_size=0; give whole numbers from 1 up",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            decode(decoder, features, *arguments)
     with pytest.raises(UserError, match="min_len <= max_len"):
         DecodingOptions(min_len=9, max_len=3)
