@@ -1,11 +1,12 @@
-"""A captioner in one file, and the other file that a stopped run goes on from.
+"""Model checkpoints, and the training state to resume from.
 
-A checkpoint is one safetensors file whose header holds, as JSON, all that is needed to run the model: architecture,
-vocabulary, image transform, and where it came from. `docs/checkpoints.md` describes both formats.
+A checkpoint is one safetensors file whose header holds, as JSON, everything that is needed to run the model:
+architecture, vocabulary, image transform and metadata. `docs/checkpoints.md` describes both formats.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import platform
 import re
@@ -18,32 +19,43 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from showtell import __version__
-from showtell.errors import MissingFileError, UserError
-from showtell.files import atomic_path, require_free_space
-from showtell.model import CaptionModel
+from showtell.errors import UserError
+from showtell.files import atomic_path, require_free_space, require_regular_file
+from showtell.model import CaptionModel, EncoderCNN
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
 
-FORMAT = 1  # of the header; a reader refuses higher numbers
+FORMAT = 2  # of both files; higher numbers are refused, lower ones are read
+# Parts of the tensor names in format 1, by decoder, and their names since.
+_RENAMED = {
+    "top-down": {
+        "look_word": "attention_lstm_word", "look_picture": "attention_lstm_image", "look": "attention_lstm_hidden",
+        "speak": "language_lstm",
+    },
+    "transformer": {"read": "self_attn", "look": "cross_attn", "think": "mlp"},
+}  # fmt: skip
 IMPORT_COMMAND = "showtell import-legacy ENCODER DECODER VOCAB --out M"
 _KEY = "showtell"  # the one entry of the safetensors metadata
 _RESUME_FORMAT = "showtell-resume"
 _HALF_MAX = torch.finfo(torch.float16).max
 _PLAIN = (type(None), bool, int, float, str, bytes)
+_MAX_SIDE = 4096  # pixels; a transform to larger images is an error or an attack
+_RANDOM = {nn.init.kaiming_uniform_, nn.init.normal_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_}
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint's file holds, ready to caption.
+    """The content of a checkpoint file, ready for inference.
 
     Attributes:
         model: encoder and decoder, in eval mode and single precision.
-        vocab: the words the decoder writes.
-        transform: how an image becomes the encoder's input, without randomness.
-        meta: what is known of its making (recipe, command, epoch, scores, …): plain JSON values.
+        vocab: the decoder's vocabulary.
+        transform: the image transform of evaluation, without randomness.
+        meta: JSON values about the model's training (recipe, epoch, scores, …).
     """
 
     model: CaptionModel
@@ -60,19 +72,19 @@ def save_checkpoint(
     meta: dict | None = None,
     half: bool = False,
 ) -> None:
-    """Writes one self-contained safetensors file, whole or not at all; the model is left as it was.
+    """Write one self-contained safetensors file atomically; the model is not changed.
 
     Args:
-        path: the file, by custom `NAME.safetensors`; its folder is made, and an older file is replaced.
+        path: the file, by convention `NAME.safetensors`; its folder is created, and an existing file is replaced.
         model: on any device, in any precision and mode.
-        vocab: the one the model was trained with.
-        transform: the training or the evaluation one; the latter is stored.
-        meta: JSON values that tell where the model came from.
-        half: stores matrices and kernels in half precision, in half the space; biases, norms and whatever half
-            precision cannot hold stay in single.
+        vocab: the vocabulary the model was trained with.
+        transform: the transform of training or evaluation; the latter is stored.
+        meta: JSON values about the model's training.
+        half: whether to store matrices and kernels in half precision, in half the space; biases, norms and tensors with
+            values out of its range stay in single precision.
 
     Raises:
-        UserError: the vocabulary is not the model's, `path` is a folder, or the disk has too little room.
+        UserError: the vocabulary does not fit the model, `path` is a folder, or the disk is full.
     """
     path = Path(path)
     if path.is_dir():
@@ -93,19 +105,17 @@ def save_checkpoint(
     }
     tensors = {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()}
     require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), f"saving {path}")
-    text = json.dumps(header)  # before the file is touched: a value that is no JSON stops here
+    text = json.dumps(header)  # before the file is written: fails on a value that is not JSON
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={_KEY: text})
 
 
 def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") -> Checkpoint:
-    """Reads a checkpoint; downloads nothing, executes nothing, and needs no other file.
-
-    The random number generators are left as they were.
+    """Read a checkpoint; nothing is downloaded or executed, and the random number generators are not changed.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: the file is damaged, of a newer format or no checkpoint of this project; the sentence says which.
+        UserError: the file is damaged, of a newer format, or no checkpoint of this project; the message says which.
     """
     path = Path(path)
     header = read_header(path)
@@ -114,22 +124,26 @@ def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") ->
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         vocab = Vocabulary.from_dict(header["vocabulary"])
         transform = Transform.from_dict(header["transform"])
-        vocab_size = header["model"]["decoder"]["vocab_size"]
+        decoder, vocab_size = (header["model"]["decoder"][key] for key in ("name", "vocab_size"))
+        tensors = _rename(tensors, header["format"], decoder)
     except UserError as error:
-        raise UserError(f"{path} cannot be used: {error}") from error
+        raise UserError(f"cannot use {path}: {error}") from error
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
     if len(vocab) != vocab_size:
         raise UserError(
-            f"{path} holds a vocabulary of {len(vocab)} words and a model of {vocab_size}, which do not fit; "
+            f"{path} holds a vocabulary of {len(vocab)} words and a model for {vocab_size}; "
             "save it again with the vocabulary it was trained with"
         )
+    resize = transform.resize[0] if isinstance(transform.resize, tuple) else transform.resize
+    if max(transform.crop or 0, resize or 0) > _MAX_SIDE:
+        raise UserError(f"cannot use {path}: its transform makes images of more than {_MAX_SIDE} pixels a side")
     model = build_model(header["model"], tensors, str(path))
     return Checkpoint(model.to(device), vocab, transform, header["meta"])
 
 
 def read_header(path: str | PathLike) -> dict:
-    """Returns what a checkpoint says of itself, without reading its tensors: milliseconds for any size.
+    """Read the header of a checkpoint without its tensors, in milliseconds for any size.
 
     Returns:
         `format`, `model` (the configuration of `CaptionModel`), `vocabulary`, `transform`, `meta` and `versions`.
@@ -142,13 +156,10 @@ def read_header(path: str | PathLike) -> dict:
     if not _is_safetensors(first):
         if first.startswith((b"PK\x03\x04", b"\x80")):
             raise UserError(
-                f"{path} is a pickle, as PyTorch and the ancestors write them, and no showtell checkpoint; for an "
-                f"ancestor's weights type {IMPORT_COMMAND}, and to go on with a stopped run showtell train --resume"
+                f"{path} is a pickle of PyTorch, not a showtell checkpoint; to convert the weights of another project, "
+                f"type {IMPORT_COMMAND}; to continue a stopped run, type showtell train --resume"
             )
-        raise UserError(
-            f"{path} is not a checkpoint: neither safetensors nor anything else showtell writes; "
-            "give a file saved by showtell train"
-        )
+        raise UserError(f"{path} is not a checkpoint: it is no safetensors file; give a file saved by showtell train")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(_KEY)
@@ -157,15 +168,15 @@ def read_header(path: str | PathLike) -> dict:
         raise _damaged(path, error) from error
     if header is None:
         raise UserError(
-            f"{path} is a safetensors file without showtell's header, perhaps a backbone's weights; "
-            "give a model saved by showtell train"
+            f"{path} is a safetensors file without showtell's header, perhaps the weights of a backbone; "
+            "give a file saved by showtell train"
         )
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):
         raise _damaged(path, ValueError("its header has no format number"))
     if header["format"] > FORMAT:
         raise UserError(
-            f"{path} has format {header['format']}, of a newer showtell, and this one ({__version__}) reads up to "
-            f"{FORMAT}; type pip install --upgrade showtell"
+            f"{path} has format {header['format']}, and showtell {__version__} reads formats up to {FORMAT}; "
+            "type pip install --upgrade showtell"
         )
     parts = ("model", "vocabulary", "transform", "meta")
     if missing := [part for part in parts if not isinstance(header.get(part), dict)]:
@@ -174,24 +185,20 @@ def read_header(path: str | PathLike) -> dict:
 
 
 def build_model(config: dict, tensors: dict[str, Tensor], source: str) -> CaptionModel:
-    """Builds the model of a configuration and gives it exactly these tensors, in eval mode and single precision.
+    """Build the model of a configuration with the given tensors, in eval mode and single precision.
+
+    Shapes are compared before memory is allocated, so that wrong sizes in a configuration cost nothing.
 
     Args:
         config: as `CaptionModel.config`.
-        tensors: by the names of its `state_dict`; of a weight that two layers share, the first name alone.
-        source: where they came from, for the error's sentence.
+        tensors: by their names in the `state_dict`; a weight that two layers share only by its first name.
+        source: where they came from, for the error messages.
 
     Raises:
-        UserError: the configuration names something unknown, or a tensor is missing, unknown or of another shape.
+        UserError: the configuration names something unknown, a tensor is missing, unknown, of another shape, or holds
+            values that are not finite.
     """
-    try:
-        with torch.random.fork_rng(devices=[]):  # the random start is overwritten and must cost the caller no numbers
-            model = CaptionModel(config)
-    except UserError as error:
-        raise UserError(f"{source} cannot be used: {error}") from error
-    except Exception as error:  # sizes and names that were altered can fail in any way
-        raise _damaged(source, error) from error
-    own = _own_tensors(model)
+    own = _own_tensors(_build(config, "meta", len(tensors), source))
     problems = [
         (f"{len(names)} {what}, {names[0]} first")
         for what, names in (
@@ -204,56 +211,101 @@ def build_model(config: dict, tensors: dict[str, Tensor], source: str) -> Captio
     if problems:
         raise UserError(
             f"{source} does not hold the tensors of its model ({'; '.join(problems)}); "
-            "it was altered or not saved whole, so save or fetch it again"
+            "it was altered or not saved completely, so save or fetch it again"
         )
-    model.load_state_dict(tensors, strict=False)  # copies, in single precision; names of shared weights may be absent
+    model = _build(config, "cpu", len(tensors), source)
+    model.load_state_dict(tensors, strict=False)  # copies to single precision; a shared weight has one name
+    for name, tensor in _own_tensors(model).items():
+        if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum alone may overflow
+            raise UserError(
+                f"{source}: the weights are damaged: {name} holds values that are not finite; fetch or train the model "
+                "again"
+            )
     return model.eval()
+
+
+def _build(config: dict, device: str, n_tensors: int, source: str) -> CaptionModel:
+    """Build a model whose weights are not initialised, and which has not many more tensors than a checkpoint."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device), _Uninitialised(2 * n_tensors + 1000):
+            return CaptionModel(config)
+    except UserError as error:
+        raise UserError(f"cannot use {source}: {error}") from error
+    except Exception as error:  # altered sizes and names can fail in any way
+        raise _damaged(source, error) from error
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skip random initialisation, which loading overwrites, and limit the number of new tensors."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        self.limit -= func is torch.empty
+        if self.limit < 0:
+            raise ValueError("its model has many more layers than the file has tensors")
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
 def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> int:
-    """Gives a new model the weights of a trained one; what it learnt of a word goes to that word's new place.
+    """Initialise a new model from a checkpoint; embedding and classifier rows are remapped by word.
 
     Args:
-        model: built as the other was, but for its vocabulary and dropout.
-        vocab: the new model's.
-        path: the trained model's checkpoint.
+        model: of the same architecture, except for its vocabulary and dropout.
+        vocab: the new model's vocabulary.
+        path: the checkpoint.
 
     Returns:
-        how many of the new vocabulary's words it knew; the others keep their random start.
+        The number of words of the new vocabulary that the checkpoint has too; the others stay randomly initialised.
 
     Raises:
-        MissingFileError, UserError: as `load_checkpoint` does, or the two were built differently.
+        MissingFileError, UserError: as `load_checkpoint` does, or the architectures differ.
     """
     other = load_checkpoint(path)
-    for half in ("encoder", "decoder"):
-        for name, value in model.config[half].items():
-            theirs = other.model.config[half].get(name)
-            if name not in ("vocab_size", "dropout") and theirs != value:
+    for half, built in (("encoder", EncoderCNN), ("decoder", type(model.decoder))):
+        parameters = inspect.signature(built).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # of arguments left out
+        ours, theirs = (
+            {**config, **{k: v for k, v in defaults.items() if k not in config}}
+            for config in (model.config[half], other.model.config[half])
+        )
+        for name, value in ours.items():
+            if name not in ("vocab_size", "dropout") and theirs.get(name) != value:
                 raise UserError(
-                    f"{path} was built with {half} {name}={theirs} and the new model with {name}={value}; "
-                    "a model to start from must be built alike, so train with its recipe and settings"
+                    f"{path} was built with {half} {name}={theirs.get(name)} and the new model with {name}={value}; "
+                    "both must have the same architecture, so train with its recipe and settings"
                 )
     pairs = [(i, other.vocab.word2idx[word]) for word, i in vocab.word2idx.items() if word in other.vocab.word2idx]
     here, there = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    word_parameters = {f"decoder.{name}" for name in model.decoder.word_parameters}
     own = model.state_dict()
     for name, tensor in other.model.state_dict().items():
-        if name in ("decoder.embed.weight", "decoder.linear.weight", "decoder.linear.bias"):  # a row a word
+        if name in word_parameters:
             own[name][here] = tensor[there]
-        else:
+        elif own[name].shape == tensor.shape:
             own[name].copy_(tensor)
+        else:
+            raise UserError(
+                f"{name} has the shape {tuple(tensor.shape)} in {path} and {tuple(own[name].shape)} in the new model; "
+                f"if it has a row per word, list it in {type(model.decoder).__name__}.word_parameters"
+            )
     return len(pairs)
 
 
 def save_resume(path: str | PathLike, state: dict) -> None:
-    """Writes all that a stopped run needs to go on (model, optimiser, generators, position), whole or not at all.
+    """Write the training state (model, optimiser, generators, position) atomically.
 
     Args:
         path: the file.
-        state: dicts, lists and tuples of tensors, numbers, strings and `None`, so that it can be read back safely.
+        state: dicts, lists and tuples of tensors, numbers, strings and `None`, which can be read back safely.
 
     Raises:
-        UserError: `state` holds something else; the sentence says where.
+        UserError: `state` holds something else; the message says where.
     """
     _require_plain(state, "state")
     with atomic_path(path) as temporary:
@@ -261,85 +313,91 @@ def save_resume(path: str | PathLike, state: dict) -> None:
 
 
 def load_resume(path: str | PathLike) -> dict:
-    """Reads what `save_resume` wrote, with every tensor on the CPU; executes nothing.
+    """Read the training state that `save_resume` wrote, with all tensors on the CPU; nothing is executed.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: the file is damaged, of a newer format, something else, or wants to run code.
+        UserError: the file is damaged, of a newer format, something else, or contains code.
     """
     path = Path(path)
-    content = read_plain_pickle(path, "file to resume from", "start anew without --resume")
+    content = read_plain_pickle(path, "training state", "begin a new run without --resume")
     if not isinstance(content, dict) or content.get("format") != _RESUME_FORMAT:
-        raise UserError(
-            f"{path} is no file to resume from, though PyTorch wrote it; give the one that showtell train keeps in its "
-            "output folder"
-        )
+        raise UserError(f"{path} is a file of PyTorch but no training state; give the resume.pt of a run folder")
     if content["version"] > FORMAT:
         raise UserError(
-            f"{path} has format {content['version']}, of a newer showtell, and this one reads up to {FORMAT}; "
+            f"{path} has format {content['version']}, and showtell {__version__} reads formats up to {FORMAT}; "
             "type pip install --upgrade showtell"
         )
-    return content["state"]
+    state = content["state"]
+    if content["version"] < FORMAT:
+        state["model"] = _rename(state["model"], content["version"], state["recipe"]["decoder"])
+    return state
+
+
+def _rename(tensors: dict[str, Tensor], version: int, decoder: str) -> dict[str, Tensor]:
+    """Translate tensor names of an older format; the order, which optimiser states rely on, is kept."""
+    parts = _RENAMED.get(decoder, {}) if version < 2 else {}
+    return {
+        ".".join(parts.get(part, part) for part in name.split(".")) if name.startswith("decoder.") else name: tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def read_plain_pickle(path: str | PathLike, what: str, remedy: str) -> object:
-    """Reads tensors and plain containers that `torch.save` wrote; a pickle that names anything else is refused unrun.
+    """Read tensors and plain containers that `torch.save` wrote; nothing is executed.
 
     Args:
         path: the file.
-        what: what the file should be, for the error's sentence ("encoder").
-        remedy: what to do about one that is missing or damaged.
+        what: what the file should be, for the error messages ("encoder").
+        remedy: what to do if it is missing or damaged.
 
     Raises:
         MissingFileError: there is no such file.
-        UserError: it is a folder, empty, damaged, no pickle, or names a class or function.
+        UserError: it is no regular file, empty, damaged, no pickle, or names a class or function.
     """
     path = Path(path)
     first = _first_bytes(path, what, remedy)
     if _is_safetensors(first):
-        raise UserError(f"{path} is a safetensors file, and no {what}; {remedy}")
+        raise UserError(f"{path} is a safetensors file, not a {what}; {remedy}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old pickle protocols, which are read or refused all the same
+            warnings.simplefilter("ignore")  # about old pickle protocols
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way; nothing was executed
         if named := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
-                f"{path} is not plain tensors: it names {named[1].rstrip('.')}, and nothing of it was run; "
-                "in the project that made it, save the state_dict() alone"
+                f"{path} holds more than plain tensors: it names {named[1].rstrip('.')}, which was not executed; "
+                "in the project that saved it, save the state_dict() alone"
             ) from None
         raise UserError(
-            f"{path} is damaged, cut short or no file of PyTorch ({type(error).__name__}); {remedy}"
+            f"{path} is damaged, truncated or no file of PyTorch ({type(error).__name__}); {remedy}"
         ) from error
 
 
 def _first_bytes(path: Path, what: str, remedy: str) -> bytes:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name the {what} in it")
+    require_regular_file(path, what, remedy)
     try:
         with path.open("rb") as file:
             first = file.read(16)
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no {what} at {path}; check the name, or {remedy}") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror}); make it readable, or {remedy}") from error
+        raise UserError(f"cannot open {path} ({error.strerror}); make it readable, or {remedy}") from error
     if not first:
         raise UserError(f"{path} is empty (zero bytes); {remedy}")
     return first
 
 
 def _is_safetensors(first: bytes) -> bool:
-    """Whether a file begins as safetensors do: the header's length in 8 bytes, the header's JSON."""
+    """Whether a file begins like safetensors: 8 bytes with the length of the header, then the header's JSON."""
     return first[8:9] == b"{" and int.from_bytes(first[:8], "little") < 2**32
 
 
 def _damaged(path: str | PathLike, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    return UserError(f"{path} is damaged or cut short ({reason}); fetch or save it again")
+    return UserError(f"{path} is damaged or truncated ({reason}); fetch or save it again")
 
 
 def _own_tensors(model: CaptionModel) -> dict[str, Tensor]:
-    """The state dict with each tensor once: a weight that two layers share stands under its first name."""
+    """Return the state dict with each tensor once: a weight that two layers share only under its first name."""
     tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         tensors.setdefault(id(tensor), (name, tensor.detach()))
@@ -364,7 +422,7 @@ def _require_plain(value: object, where: str) -> None:
     else:
         raise UserError(
             f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back safely; "
-            "give tensors, numbers, strings, and lists or dicts of them"
+            "use tensors, numbers, strings, and lists or dicts of them"
         )
     for name, item in pairs:
         _require_plain(item, name)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, by itself; every damaged or foreign file gets one sentence."""
+"""Checkpoints: a saved model comes back from one file, and every damaged or foreign file gets one error message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from showtell import checkpoint as module
 from showtell.checkpoint import load_checkpoint, load_resume, read_header, save_checkpoint, save_resume, start_from
 from showtell.decoders import DECODERS
 from showtell.errors import MissingFileError, UserError
+from showtell.legacy import import_legacy
 from showtell.model import CaptionModel
+from showtell.recipes import Recipe
 from showtell.transforms import TINY, Transform
 from showtell.vocabulary import Vocabulary
 
@@ -73,11 +75,68 @@ def test_a_new_model_starts_from_a_trained_one_word_by_word(saved):
     torch.testing.assert_close(model.encoder.state_dict(), trained.model.encoder.state_dict(), rtol=0, atol=0)
 
 
-def test_a_model_built_otherwise_is_not_started_from(saved):
-    config = {**load_checkpoint(saved).model.config}
-    config["decoder"] = config["decoder"] | {"hidden_size": 99}
-    with pytest.raises(UserError, match=r"decoder hidden_size=\d+ and the new model with hidden_size=99; .* recipe"):
-        start_from(CaptionModel(config), VOCAB, saved)
+def test_a_model_of_another_architecture_is_refused(saved):
+    for name, sentence in {
+        "show-tell": r"decoder hidden_size=\d+ and the new model with hidden_size=48; .* recipe",
+        "transformer": "decoder name=show-tell and the new model with name=transformer",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            start_from(model_of(name, hidden_size=48), VOCAB, saved)
+
+
+def test_an_argument_that_was_left_out_equals_its_default(tmp_path):
+    """`import-legacy` writes no stride_in_1x1, batch_norm and tie_embeddings, and recipes write them all."""
+    recipe = Recipe(encoder="tiny", embed_size=16, hidden_size=16)
+    config = recipe.model_config(V)
+    legacy = {name: config["decoder"][name] for name in ("name", "embed_size", "hidden_size", "vocab_size")}
+    other = CaptionModel({"encoder": {"embed_size": 16, "backbone": "tiny"}, "decoder": {**legacy, "num_layers": 1}})
+    for path, theirs, ours in (("a", other, CaptionModel(config)), ("b", CaptionModel(config), other)):
+        save_checkpoint(tmp_path / path, theirs, VOCAB, TINY)
+        assert start_from(ours, VOCAB, tmp_path / path) == V
+        assert torch.equal(logits(ours.eval()), logits(theirs.eval()))
+    with pytest.raises(UserError, match="decoder tie_embeddings=False and the new model with tie_embeddings=True"):
+        start_from(model_of(tie_embeddings=True), VOCAB, tmp_path / "a")
+
+
+# ---- Files of format 1 -------------------------------------------------------------------------------------------
+
+IN_FORMAT_1 = {
+    "attention_lstm_word": "look_word", "attention_lstm_image": "look_picture", "attention_lstm_hidden": "look",
+    "language_lstm": "speak", "self_attn": "read", "cross_attn": "look", "mlp": "think",
+}  # fmt: skip
+
+
+def old_names(tensors: dict) -> dict:
+    return {".".join(IN_FORMAT_1.get(part, part) for part in name.split(".")): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_files_of_format_1_are_read(decoder, tmp_path):
+    path, model = tmp_path / "m.safetensors", model_of(decoder).eval()
+    save_checkpoint(path, model, VOCAB, TINY)
+    header, tensors = read_header(path), load_file(path)
+    assert header["format"] == 2
+    renamed = old_names(tensors)
+    assert (renamed.keys() != tensors.keys()) == (decoder in ("top-down", "transformer"))
+    save_file(renamed, path, metadata={"showtell": json.dumps({**header, "format": 1})})
+    assert torch.equal(logits(load_checkpoint(path).model), logits(model))
+    if renamed.keys() != tensors.keys():  # the names belong to the format
+        save_file(renamed, path, metadata={"showtell": json.dumps(header)})
+        with pytest.raises(UserError, match="does not hold the tensors of its model"):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("decoder", ["top-down", "transformer"])
+def test_training_states_of_format_1_are_read(decoder, tmp_path, monkeypatch):
+    model = model_of(decoder)
+    state = {"recipe": {"decoder": decoder}, "model": old_names(model.state_dict()), "step": 3}
+    monkeypatch.setattr(module, "FORMAT", 1)
+    save_resume(tmp_path / "resume.pt", state)
+    monkeypatch.undo()
+    loaded = load_resume(tmp_path / "resume.pt")
+    assert list(loaded["model"]) == list(model.state_dict())
+    model_of(decoder).load_state_dict(loaded["model"])
+    assert loaded["step"] == 3
 
 
 # ---- Round trips -------------------------------------------------------------------------------------------------
@@ -257,27 +316,27 @@ def png() -> bytes:
 
 
 def test_missing_file(tmp_path):
-    refuses(tmp_path / "m.safetensors", "there is no checkpoint at .*; check the name")
+    refuses(tmp_path / "m.safetensors", "there is no checkpoint at .*; give a file saved by showtell train")
     with pytest.raises(MissingFileError):
         load_checkpoint(tmp_path / "m.safetensors")
 
 
 def test_folder(tmp_path):
-    refuses(tmp_path, "is a folder; name the checkpoint in it")
+    refuses(tmp_path, "is a folder, not a checkpoint; give a file saved")
 
 
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         (b"", "is empty"),
-        (png(), "is not a checkpoint: neither safetensors"),
+        (png(), "is not a checkpoint: it is no safetensors file"),
         (b"\xff\xd8\xff\xe0" + bytes(500), "is not a checkpoint"),
         (b"a man rides a horse\n" * 9, "is not a checkpoint"),
         (b"abc", "is not a checkpoint"),
         (b"\x80\x04}.", "is a pickle.*showtell import-legacy ENCODER DECODER VOCAB --out M"),
         (struct.pack("<Q", 2) + b"{}", "is a safetensors file without showtell's header"),
-        (struct.pack("<Q", 1 << 30) + b"{}", "is damaged or cut short"),
-        (struct.pack("<Q", 20) + b"{not json at all}   ", "is damaged or cut short"),
+        (struct.pack("<Q", 1 << 30) + b"{}", "is damaged or truncated"),
+        (struct.pack("<Q", 20) + b"{not json at all}   ", "is damaged or truncated"),
     ],
 )
 def test_foreign_content(content, sentence, tmp_path):
@@ -287,7 +346,7 @@ def test_foreign_content(content, sentence, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".ckpt"])
-def test_an_ancestors_file_is_sent_to_its_importer(suffix, tmp_path):
+def test_a_pickle_is_referred_to_import_legacy(suffix, tmp_path):
     path = tmp_path / f"encoder-3{suffix}"
     torch.save({"embed.weight": torch.zeros(2, 2)}, path)
     refuses(path, "is a pickle.*showtell import-legacy ENCODER DECODER VOCAB --out M.*--resume")
@@ -295,14 +354,25 @@ def test_an_ancestors_file_is_sent_to_its_importer(suffix, tmp_path):
 
 def test_a_backbones_weights_are_no_captioner(tmp_path):
     save_file({"conv1.weight": torch.zeros(2)}, tmp_path / "resnet50.safetensors", metadata={"format": "pt"})
-    refuses(tmp_path / "resnet50.safetensors", "without showtell's header, perhaps a backbone's weights")
+    refuses(tmp_path / "resnet50.safetensors", "without showtell's header, perhaps the weights of a backbone")
+
+
+def test_a_pipe_or_device_is_no_regular_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    VOCAB.save(tmp_path / "vocab.pkl")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        refuses(path, "is no regular file")
+        with pytest.raises(UserError, match="is no regular file"):
+            load_resume(path)
+        with pytest.raises(UserError, match="is no regular file"):
+            import_legacy(path, path, tmp_path / "vocab.pkl")
 
 
 def test_cut_at_any_place(saved):
     content = saved.read_bytes()
     for kept in (1, 7, 8, 9, 100, 1000, len(content) // 2, len(content) - 1):
         saved.write_bytes(content[:kept])
-        refuses(saved, "is damaged or cut short|is not a checkpoint")
+        refuses(saved, "is damaged or truncated|is not a checkpoint")
 
 
 def test_random_damage_of_the_header_never_ends_in_a_traceback(saved):
@@ -337,8 +407,8 @@ def altered(path, change=lambda header: None, tensors=lambda tensors: None) -> N
     ("change", "sentence"),
     [
         (
-            lambda h: h.update(format=2),
-            r"has format 2, of a newer showtell.* reads up to 1; type pip install --upgrade",
+            lambda h: h.update(format=9),
+            r"has format 9, and showtell .* reads formats up to 2; type pip install --upgrade",
         ),
         (lambda h: h.update(format="1"), "is damaged .*no format number"),
         (lambda h: h.pop("vocabulary"), "is damaged .*its header has no vocabulary"),
@@ -352,17 +422,20 @@ def test_altered_header(change, sentence, saved):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda h: h["vocabulary"]["words"].append("extra"), f"holds a vocabulary of {V + 1} words and a model of {V}"),
-        (lambda h: h["vocabulary"]["words"].remove("<end>"), "cannot be used: the vocabulary has no <end>"),
-        (lambda h: h["vocabulary"].update(tokenizer="spm"), "cannot be used: no tokeniser is called 'spm'"),
+        (
+            lambda h: h["vocabulary"]["words"].append("extra"),
+            f"holds a vocabulary of {V + 1} words and a model for {V}",
+        ),
+        (lambda h: h["vocabulary"]["words"].remove("<end>"), "cannot use .*: the vocabulary has no <end>"),
+        (lambda h: h["vocabulary"].update(tokenizer="spm"), "cannot use .*: no tokeniser is called 'spm'"),
         (lambda h: h["vocabulary"].update(words=[[1]]), "is damaged"),
-        (lambda h: h["transform"].update(blur=3), "cannot be used: a transform has no blur"),
-        (lambda h: h["transform"].update(resize="big"), "cannot be used|is damaged"),
+        (lambda h: h["transform"].update(blur=3), "cannot use .*: a transform has no blur"),
+        (lambda h: h["transform"].update(resize="big"), "cannot use|is damaged"),
         (lambda h: h["model"].pop("decoder"), "is damaged"),
-        (lambda h: h["model"]["decoder"].update(name="gpt"), "cannot be used: there is no decoder 'gpt'"),
+        (lambda h: h["model"]["decoder"].update(name="gpt"), "cannot use .*: there is no decoder 'gpt'"),
         (lambda h: h["model"]["decoder"].update(hidden_size="x"), "is damaged"),
         (lambda h: h["model"]["decoder"].update(beams=3), "is damaged .*beams"),
-        (lambda h: h["model"]["encoder"].update(backbone="vgg99"), "cannot be used: there is no backbone 'vgg99'"),
+        (lambda h: h["model"]["encoder"].update(backbone="vgg99"), "cannot use .*: there is no backbone 'vgg99'"),
         (lambda h: h["model"]["encoder"].update(weights="/etc/passwd"), "is damaged"),
         (
             lambda h: h["model"]["decoder"].update(hidden_size=24),
@@ -385,6 +458,14 @@ def test_altered_description(change, sentence, saved):
         (lambda t: t.pop("encoder.embed.bias"), r"1 missing, encoder\.embed\.bias first.*save or fetch it again"),
         (lambda t: t.update({"encoder.embed.bias": torch.zeros(2)}), r"1 of another shape, encoder\.embed\.bias first"),
         (lambda t: t.update(extra=torch.zeros(2)), "1 unknown, extra first"),
+        (
+            lambda t: t["decoder.linear.weight"][1].fill_(np.nan),
+            r"the weights are damaged: decoder\.linear\.weight holds",
+        ),
+        (
+            lambda t: t["encoder.embed.bias"][1:2].fill_(np.inf),
+            r"encoder\.embed\.bias holds values that are not finite",
+        ),
     ],
 )
 def test_altered_tensors(change, sentence, saved):
@@ -393,7 +474,57 @@ def test_altered_tensors(change, sentence, saved):
         load_checkpoint(saved)
 
 
-# ---- The file to resume from -------------------------------------------------------------------------------------
+def test_large_finite_weights_are_not_damaged(saved):
+    altered(saved, tensors=lambda tensors: tensors["decoder.linear.weight"].fill_(3e38))  # their sum is infinite
+    assert load_checkpoint(saved).model.decoder.linear.weight[0, 0].item() == pytest.approx(3e38)
+
+
+HOSTILE = """
+import json, resource, sys
+from safetensors.torch import load_file, save_file
+from showtell.checkpoint import load_checkpoint, read_header
+from showtell.errors import UserError
+
+path = sys.argv[1]
+header, tensors = read_header(path), load_file(path)
+resource.setrlimit(resource.RLIMIT_AS, (int(open("/proc/self/statm").read().split()[0]) * 4096 + 700 * 2**20,) * 2)
+for part, name, value in (
+    ("decoder", "hidden_size", 100_000), ("decoder", "hidden_size", 10**12), ("decoder", "num_layers", 3000),
+    ("decoder", "num_layers", 10**9), ("decoder", "num_layers", -1), ("decoder", "hidden_size", -16),
+    ("decoder", "embed_size", 2**62), ("decoder", "dropout", 7), ("encoder", "embed_size", 10**9),
+    ("transform", "resize", 10**6), ("transform", "crop", -3), ("decoder", "vocab_size", 10**10),
+):
+    changed = json.loads(json.dumps(header))
+    (changed if part == "transform" else changed["model"])[part][name] = value
+    save_file(tensors, path, metadata={"showtell": json.dumps(changed)})
+    try:
+        load_checkpoint(path)
+    except UserError as error:
+        print(part, name, value, str(error).replace(path, "FILE")[:90])
+"""
+
+
+def test_sizes_in_a_header_are_compared_before_memory_is_allocated(saved):
+    """In a process that may allocate no more than 700 MB."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", HOSTILE, saved], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 12, done.stdout + done.stderr
+    assert time.perf_counter() - start < 60
+    assert "does not hold the tensors of its model" in lines[0]
+    assert "many more layers than the file has tensors" in done.stdout
+    assert "its transform makes images of more than 4096 pixels" in done.stdout
+
+
+@pytest.mark.parametrize("heads", [-4, 0, 5])
+def test_heads_that_do_not_divide_are_refused(heads, tmp_path):
+    save_checkpoint(tmp_path / "m.safetensors", model_of("transformer"), VOCAB, TINY)
+    altered(tmp_path / "m.safetensors", lambda header: header["model"]["decoder"].update(num_heads=heads))
+    with pytest.raises(UserError, match=f"hidden_size=16 is not divisible by num_heads={heads}"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+# ---- The training state ------------------------------------------------------------------------------------------
 
 
 def test_resume_state_comes_back(tmp_path):
@@ -465,7 +596,7 @@ def test_resume_executes_nothing(tmp_path):
     trace = tmp_path / "trace"
     content = {"format": "showtell-resume", "version": 1, "state": {"a": Hostile(str(trace))}}
     torch.save(content, tmp_path / "last.pt")
-    with pytest.raises(UserError, match=r"it names (posix|nt)\.mkdir, and nothing of it was run"):
+    with pytest.raises(UserError, match=r"it names (posix|nt)\.mkdir, which was not executed"):
         load_resume(tmp_path / "last.pt")
     assert not trace.exists()
     torch.load(tmp_path / "last.pt", weights_only=False)
@@ -482,13 +613,13 @@ def test_resume_refuses_other_files(saved, tmp_path):
     (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "image.pt").write_bytes(png())
     for name, sentence in {
-        "none.pt": "there is no file to resume from at",
-        "weights.pt": "is no file to resume from, though PyTorch wrote it",
-        "new.pt": "has format 9, of a newer showtell",
-        "cut.pt": "is damaged, cut short",
+        "none.pt": "there is no training state at",
+        "weights.pt": "is a file of PyTorch but no training state",
+        "new.pt": "has format 9, and showtell",
+        "cut.pt": "is damaged, truncated",
         "empty.pt": "is empty",
-        "image.pt": "is damaged, cut short or no file of PyTorch",
-        saved.name: "is a safetensors file, and no file to resume from",
+        "image.pt": "is damaged, truncated or no file of PyTorch",
+        saved.name: "is a safetensors file, not a training state",
         ".": "is a folder",
     }.items():
         with pytest.raises(UserError, match=sentence) as caught:

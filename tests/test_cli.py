@@ -507,9 +507,9 @@ def absent(model: Path, target: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (truncated, ["damaged or cut short", "fetch or save it again"]),
-        (newer, ["format 99, of a newer showtell", "pip install --upgrade showtell"]),
-        (unfitting, [f"a vocabulary of {len(VOCAB) + 1} words and a model of {len(VOCAB)}", "save it again"]),
+        (truncated, ["damaged or truncated", "fetch or save it again"]),
+        (newer, ["has format 99, and showtell", "pip install --upgrade showtell"]),
+        (unfitting, [f"a vocabulary of {len(VOCAB) + 1} words and a model for {len(VOCAB)}", "save it again"]),
         (text, ["not a checkpoint", "give a file saved by showtell train"]),
         (absent, ["there is no model", "give a checkpoint's path"]),
     ],
