@@ -258,7 +258,7 @@ def _train(args: argparse.Namespace) -> int:
     else:
         recipe = recipe_named(args.recipe) if args.recipe else Recipe()
         if args.init and not args.recipe:
-            recipe = recipe.with_settings(read_header(given["init"])["meta"].get("recipe", {}))
+            recipe = recipe.inherit_model(read_header(given["init"]))
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
         run = Run(out=args.out, device=_device(args), **given)

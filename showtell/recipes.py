@@ -1,48 +1,49 @@
-"""Complete settings by name, so that the command line needs few flags: `showtell train --recipe flickr8k-show-tell`."""
+"""Complete training settings by name: `showtell train --recipe flickr8k-show-tell`. This module does not load torch."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import typing
 from dataclasses import asdict, dataclass, fields, replace
 
-from showtell.decoders import DECODERS
 from showtell.errors import UserError
 from showtell.tokenizer import TOKENIZERS
-from showtell.transforms import Transform
 
-_POSITIVE = (
-    "embed_size", "hidden_size", "num_layers", "attention_size", "num_heads", "resize", "crop", "threshold",
-    "batch_size", "epochs", "lr", "clip", "backbone_lr", "beam_size", "max_len",
-)  # fmt: skip
+if typing.TYPE_CHECKING:
+    from showtell.decoders import Decoder
+    from showtell.transforms import Transform
+
+_FRACTIONS = ("dropout", "word_dropout", "label_smoothing")
+_MAY_BE_ZERO = ("captions_per_image", "warmup", "weight_decay", "attention_cost", "length_penalty")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what is learnt, but the data and the seed.
+    """All settings that decide what a model learns, except the data and the random seed.
 
     Attributes:
-        encoder: a backbone by name. stride_in_1x1: see `showtell.backbones.Backbone`.
-        batch_norm: batch norm behind the encoder's linear layer.
-        decoder: `show-tell`, `every-step`, `attend`, `top-down` or `transformer`.
-        embed_size, hidden_size: E and H. num_layers: of the LSTM, or the Transformer's blocks.
-        attention_size: of the attention's perceptron. num_heads: of the Transformer.
-        word_dropout: the part of the words read that is hidden, see `showtell.train.drop_words`.
-        dropout: on the decoder's inputs and outputs. tie_embeddings: one matrix for reading and writing words.
-        resize, squash, crop: the images' size: `resize` for the shorter side and a square `crop` of it, or, with
-            `squash`, the whole image brought to `resize` x `resize`.
-        random_crop, flip: augmentation; random crops need the images themselves, flips a second cache.
+        encoder: the name of a backbone. stride_in_1x1: see `showtell.backbones.Backbone`.
+        batch_norm: whether the encoder's linear layer is followed by batch norm.
+        decoder: a name in `showtell.decoders.DECODERS`, which gets those of the next settings that its constructor has.
+        embed_size, hidden_size: E and H. num_layers: of an LSTM, or blocks of a Transformer.
+        attention_size: hidden size of the additive attention. num_heads: of a Transformer's attention.
+        dropout: on the decoder's inputs and outputs. tie_embeddings: share the embedding and classifier matrices.
+        word_dropout: the part of the input words that is hidden, see `showtell.train.drop_words`.
+        resize, squash, crop: the image size: `resize` the shorter side and cut a square `crop`, or, with `squash`,
+            resize the whole image to `resize` x `resize`.
+        random_crop, flip: augmentation. With random crops, training cannot use cached features; flips need two caches.
         tokenizer, threshold: of the vocabulary.
-        group: what is batched, captions of one `length` or each `image` with all its captions, or, with
-            `captions_per_image`, so many of them drawn anew each epoch.
-        batch_size: captions, or images, a step. epochs: passes over the data.
-        optimizer: `adam` or `adamw`. lr: its highest learning rate, reached after `warmup` steps and falling to 0 as
-            half a cosine. weight_decay: AdamW's. clip: the most the gradient's norm may be.
+        group: the composition of a batch: captions of one `length`, or each `image` with all its captions, or, with
+            `captions_per_image`, with that many of them, drawn again each epoch.
+        batch_size: captions, or images, per step. epochs: passes over the data.
+        optimizer: `adam` or `adamw`. lr: the highest learning rate, reached after `warmup` steps, followed by half a
+            cosine to 0. weight_decay: of AdamW. clip: the maximum norm of the gradient.
         label_smoothing: see `caption_loss`. attention_cost: weight of the doubly stochastic penalty (Xu et al. 2015,
             eq. 14).
-        fine_tune: layers of the backbone that train (`"layer4"`, `"layer3,layer4"`, `"all"`), at `backbone_lr`.
-        precision: `float32`, `bfloat16`, or `auto`: bfloat16 on a GPU that has it.
-        beam_size, length_penalty, max_len: of the captions that validation scores.
+        fine_tune: layers of the backbone to train (`"layer4"`, `"layer3,layer4"`, `"all"`), at `backbone_lr`.
+        precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs that support it.
+        beam_size, length_penalty, max_len: for the captions that validation scores.
     """
 
     encoder: str = "resnet50"
@@ -84,7 +85,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {
-            "decoder": tuple(DECODERS),
             "tokenizer": tuple(TOKENIZERS),
             "group": ("length", "image"),
             "optimizer": ("adam", "adamw"),
@@ -93,57 +93,113 @@ class Recipe:
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise UserError(f"{name}={getattr(self, name)!r} is not known; choose one of {', '.join(accepted)}")
-        for name in _POSITIVE:
-            if not 0 < getattr(self, name) < math.inf:  # nan is neither
-                raise UserError(f"{name}={getattr(self, name)} must be above 0; give a larger number")
-        for name in ("warmup", "weight_decay", "attention_cost", "length_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more; 0 turns it off")
-        for name in ("dropout", "word_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be from 0 to below 1; 0 turns it off")
-        if self.num_layers > 1 and self.decoder in ("attend", "top-down"):
-            raise UserError(
-                f"the layers of the decoder {self.decoder} are given; leave num_layers at 1, or choose another decoder"
-            )
+        for field in fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if type(field.default) not in (int, float):
+                continue
+            if name in _FRACTIONS:
+                if not 0 <= value < 1:  # nan is out of every range
+                    raise UserError(f"{name}={value} must be from 0 to below 1; 0 disables")
+            elif name in _MAY_BE_ZERO:
+                if not 0 <= value < math.inf:
+                    raise UserError(f"{name}={value} must be 0 or more; 0 disables")
+            elif not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be above 0; give a larger number")
         if self.squash and self.random_crop:
             raise UserError("squash keeps the whole image and random_crop cuts it; turn one of them off")
 
     def transform(self) -> Transform:
-        """How images reach the network, augmentation included."""
+        """Return the image transform, with augmentation."""
+        from showtell.transforms import Transform
+
         if self.squash:
             return Transform(resize=(self.resize, self.resize), flip=self.flip)
         return Transform(resize=self.resize, crop=self.crop, random_crop=self.random_crop, flip=self.flip)
 
     def model_config(self, vocab_size: int) -> dict:
-        """The configuration of `CaptionModel` for a vocabulary of this size."""
+        """Return the configuration of `CaptionModel`; the decoder gets the settings that its constructor has.
+
+        Raises:
+            UserError: there is no such decoder.
+        """
         encoder = {"embed_size": self.embed_size, "backbone": self.encoder}
         encoder |= {"stride_in_1x1": self.stride_in_1x1, "batch_norm": self.batch_norm}
-        decoder = {"name": self.decoder, "embed_size": self.embed_size, "hidden_size": self.hidden_size}
-        decoder |= {"vocab_size": vocab_size, "dropout": self.dropout, "tie_embeddings": self.tie_embeddings}
-        if self.decoder in ("attend", "top-down"):
-            decoder |= {"attention_size": self.attention_size}
-        else:
-            decoder |= {"num_layers": self.num_layers}
-        if self.decoder == "transformer":
-            decoder |= {"num_heads": self.num_heads}
-        return {"encoder": encoder, "decoder": decoder}
+        settings = {**self.to_dict(), "vocab_size": vocab_size}
+        decoder = {name: settings[name] for name in _arguments(self._decoder()) if name in settings}
+        return {"encoder": encoder, "decoder": {"name": self.decoder, **decoder}}
+
+    def _decoder(self) -> type[Decoder]:
+        from showtell.decoders import find_decoder
+
+        return find_decoder(self.decoder)
+
+    def inherit_model(self, header: dict) -> Recipe:
+        """Return a copy with the architecture, transform, tokeniser and decoding settings of a trained model.
+
+        The schedule (epochs, learning rates, batches, fine-tuning, augmentation, …) stays this recipe's. An argument
+        that the model's configuration leaves out has its constructor's default; unknown entries are ignored.
+
+        Args:
+            header: the checkpoint's header, see `showtell.checkpoint.read_header`.
+        """
+        from showtell.decoders import find_decoder
+
+        encoder, decoder = (header["model"].get(half, {}) for half in ("encoder", "decoder"))
+        found = {"stride_in_1x1": False, "batch_norm": False, **encoder, "encoder": encoder.get("backbone", "resnet50")}
+        found |= {**_arguments(find_decoder(decoder.get("name"))), **decoder, "decoder": decoder.get("name")}
+        resize, crop = header["transform"].get("resize"), header["transform"].get("crop")
+        if isinstance(resize, list):
+            found |= {"squash": True, "resize": resize[0]}
+        elif resize and crop:
+            found |= {"squash": False, "resize": resize, "crop": crop}
+        found["tokenizer"] = header["vocabulary"].get("tokenizer")
+        recipe = header["meta"].get("recipe")
+        if isinstance(recipe, dict):
+            found |= {name: recipe[name] for name in ("beam_size", "length_penalty", "max_len") if name in recipe}
+        known = {field.name for field in fields(self)}
+        return self.with_settings({name: value for name, value in found.items() if name in known and value is not None})
+
+    def unused_settings(self) -> list[str]:
+        """Return a sentence for each setting that differs from its default but has no effect.
+
+        Raises:
+            UserError: there is no such decoder.
+        """
+        from showtell.decoders import DECODERS
+
+        tiny, layers, decoder = self.encoder == "tiny", self.layers_to_train(), self._decoder()
+        accepted = _arguments(decoder)
+        reasons = {
+            "captions_per_image": "group is length" if self.group == "length" else "",
+            "crop": "squash keeps the whole image" if self.squash else "",
+            "fine_tune": "the encoder tiny always trains completely" if tiny else "",
+            "backbone_lr": "the encoder tiny trains at lr" if tiny else "" if layers else "fine_tune names no layers",
+            "weight_decay": "optimizer is adam" if self.optimizer == "adam" else "",
+            "attention_cost": "" if decoder.grid else f"the decoder {self.decoder} does not attend",
+        }
+        for name in set().union(*map(_arguments, DECODERS.values())) - set(accepted):
+            reasons[name] = f"the decoder {self.decoder} does not have it"
+        return [
+            f"{field.name}={getattr(self, field.name)} has no effect: {reasons[field.name]}"
+            for field in fields(self)
+            if reasons.get(field.name) and getattr(self, field.name) != field.default
+        ]
 
     def layers_to_train(self) -> list[str] | None:
-        """What `Backbone.fine_tune` takes; the tiny backbone, which nobody pretrained, always trains whole."""
+        """Return the argument of `Backbone.fine_tune`; the backbone tiny, not being pretrained, always trains."""
         if self.encoder == "tiny" or self.fine_tune == "all":
             return [""]
         return [layer.strip() for layer in self.fine_tune.split(",") if layer.strip()] or None
 
     def to_dict(self) -> dict:
-        """Plain values, for a checkpoint."""
+        """Return plain values for a checkpoint."""
         return asdict(self)
 
     def with_settings(self, settings: dict[str, object]) -> Recipe:
-        """A copy with some attributes changed; values may be the strings a user types.
+        """Return a copy with some settings changed; the values may be strings from the command line.
 
         Raises:
-            UserError: there is no such attribute, or its value is of another kind.
+            UserError: there is no such setting, or its value has the wrong type or range.
         """
         types = typing.get_type_hints(Recipe)
         known = {field.name for field in fields(self)}
@@ -155,51 +211,57 @@ class Recipe:
         return replace(self, **changes)
 
 
+def _arguments(decoder: type[Decoder]) -> dict[str, object]:
+    """Return the names of a constructor's arguments with their defaults, `None` where there is none."""
+    parameters = inspect.signature(decoder).parameters.values()
+    return {p.name: None if p.default is p.empty else p.default for p in parameters}
+
+
 def _convert(name: str, value: object, kind: type) -> object:
     if kind is bool and isinstance(value, str):
         if value.lower() not in ("true", "false"):
-            raise UserError(f"{name}={value} is not understood; write {name}=true or {name}=false")
+            raise UserError(f"{name}={value} is not a truth value; write {name}=true or {name}=false")
         return value.lower() == "true"
     try:
         converted = kind(value)
         if kind is int and not isinstance(value, str) and converted != value:
-            raise ValueError("it would be rounded")
+            raise ValueError("rounded")
         return converted
     except (TypeError, ValueError, OverflowError):
         what = {int: "a whole number", float: "a number"}.get(kind, kind.__name__)
-        raise UserError(f"{name}={value!r} is not understood; {name} is {what}") from None
+        raise UserError(f"{name}={value!r} is not {what}; give {what}") from None
 
 
 RECIPES: dict[str, Recipe] = {
-    # Show and Tell on Flickr8k's 6,000 photographs; the whole image is squashed into the square. Batch norm brings
-    # out what differs between images: with it and this rate, two epochs learn what three and a half did without.
+    # Show and Tell on Flickr8k's 6,000 photographs, whole images squashed to a square. With batch norm and this rate,
+    # two epochs reach the loss that three and a half reach without.
     "flickr8k-show-tell": Recipe(resize=224, squash=True, batch_norm=True, lr=1.5e-3, epochs=12),
-    # The same with the image beside the word at every step.
+    # The same with the image as an input at every step.
     "flickr8k-every-step": Recipe(
         resize=224, squash=True, batch_norm=True, decoder="every-step", lr=1.5e-3, epochs=12
     ),
-    # Show, Attend and Tell; captions of an image share its grid.
+    # Show, Attend and Tell; the captions of an image share its grid.
     "flickr8k-attend": Recipe(
         resize=224, squash=True, batch_norm=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0,
         lr=1e-3, warmup=300, epochs=7,
     ),
-    # Two LSTMs, one that looks and one that speaks.
+    # An attention LSTM and a language LSTM.
     "flickr8k-top-down": Recipe(
         resize=224, squash=True, batch_norm=True, decoder="top-down", group="image", batch_size=16, lr=1e-3
     ),
-    # Two blocks of a Transformer that read the words and the grid.
+    # A Transformer of two blocks.
     "flickr8k-transformer": Recipe(
         resize=224, squash=True, batch_norm=True, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True,
         group="image", batch_size=16, epochs=6, optimizer="adamw", lr=5e-4, warmup=500, weight_decay=0.01,
     ),
-    # Show and Tell on COCO: images as they are, cut square in the middle.
+    # Show and Tell on COCO, center crops.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),
-    # What the course's notebooks train: 256/512, Adam at 1e-3, no dropout, no smoothing, three epochs.
+    # The model of the Udacity course: 256/512, Adam at 1e-3, no dropout, no label smoothing, three epochs.
     "classic": Recipe(
         embed_size=256, dropout=0.0, tokenizer="treebank", batch_size=64, epochs=3, lr=1e-3, warmup=0,
         label_smoothing=0.0,
     ),
-    # The embedded default: shapes, a small network from scratch, minutes on a CPU.
+    # Synthetic images with a small network from scratch, minutes on a CPU.
     "demo": Recipe(
         encoder="tiny", decoder="transformer", embed_size=128, hidden_size=128, num_layers=1, num_heads=4, dropout=0.0,
         word_dropout=0.15, resize=64, squash=True, threshold=1, group="image", captions_per_image=3, batch_size=16,
@@ -209,11 +271,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str) -> Recipe:
-    """Returns a recipe by name.
-
-    Raises:
-        UserError: there is none of that name.
-    """
+    """Return the recipe of this name, or raise a `UserError` that lists the names."""
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]

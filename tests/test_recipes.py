@@ -1,16 +1,18 @@
-"""Recipes: complete settings by name, changed by what a user types, refused where they cannot be."""
+"""Recipes: complete settings by name, changed from the command line, with ranges and notes on unused settings."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from showtell import __main__ as command_line
+from showtell.decoders import DECODERS
 from showtell.errors import UserError
 from showtell.model import CaptionModel
 from showtell.recipes import RECIPES, Recipe, recipe_named
@@ -30,8 +32,10 @@ def test_every_recipe_makes_a_model_and_comes_back_from_json(name):
     assert logits.shape[2] == 30
 
 
-def test_the_command_line_lists_every_recipe():
-    assert command_line._recipe_names() == sorted(RECIPES)
+def test_recipes_load_without_torch():
+    code = "import sys; from showtell.recipes import RECIPES; print(len(RECIPES), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(len(RECIPES)), "False"], done.stderr
 
 
 def test_the_plain_flickr8k_recipe():
@@ -65,31 +69,27 @@ def test_settings_as_a_user_types_them():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "three", "epochs='three' is not understood; epochs is a whole number"),
-        ("epochs", "2.5", "epochs='2.5' is not understood; epochs is a whole number"),
-        ("epochs", 2.5, "epochs=2.5 is not understood; epochs is a whole number"),
-        ("epochs", math.inf, "epochs=inf is not understood; epochs is a whole number"),
-        ("epochs", "", "epochs='' is not understood; epochs is a whole number"),
-        ("lr", "fast", "lr='fast' is not understood; lr is a number"),
-        ("squash", "yes", "squash=yes is not understood; write squash=true or squash=false"),
-        (
-            "decoder",
-            "lstm",
-            "decoder='lstm' is not known; choose one of show-tell, every-step, attend, top-down, transformer",
-        ),
-        ("tokenizer", "nltk", "tokenizer='nltk' is not known; choose one of treebank, words, ptb"),
+        ("epochs", "three", "epochs='three' is not a whole number; give a whole number"),
+        ("epochs", "2.5", "epochs='2.5' is not a whole number"),
+        ("epochs", 2.5, "epochs=2.5 is not a whole number"),
+        ("epochs", math.inf, "epochs=inf is not a whole number"),
+        ("epochs", "", "epochs='' is not a whole number"),
+        ("lr", "fast", "lr='fast' is not a number; give a number"),
+        ("squash", "yes", "squash=yes is not a truth value; write squash=true or squash=false"),
+        ("tokenizer", "nltk", "tokenizer='nltk' is not known; choose one of "),
         ("group", "batch", "group='batch' is not known; choose one of length, image"),
         ("optimizer", "sgd", "optimizer='sgd' is not known; choose one of adam, adamw"),
         ("precision", "half", "precision='half' is not known; choose one of auto, float32, bfloat16"),
-        ("dropout", 1, "dropout=1.0 must be from 0 to below 1; 0 turns it off"),
+        ("dropout", 1, "dropout=1.0 must be from 0 to below 1; 0 disables"),
         ("dropout", "nan", "dropout=nan must be from 0 to below 1"),
         ("label_smoothing", -0.1, "label_smoothing=-0.1 must be from 0 to below 1"),
-        ("warmup", -1, "warmup=-1 must be 0 or more; 0 turns it off"),
+        ("warmup", -1, "warmup=-1 must be 0 or more; 0 disables"),
         ("length_penalty", -0.5, "length_penalty=-0.5 must be 0 or more"),
         ("weight_decay", "nan", "weight_decay=nan must be 0 or more"),
+        ("captions_per_image", -1, "captions_per_image=-1 must be 0 or more"),
     ],
 )
-def test_values_that_cannot_be(name, value, message):
+def test_values_out_of_range_are_refused(name, value, message):
     with pytest.raises(UserError, match="^" + re.escape(message)):
         Recipe().with_settings({name: value})
 
@@ -99,7 +99,7 @@ def test_values_that_cannot_be(name, value, message):
     "embed_size hidden_size num_layers attention_size num_heads resize crop threshold batch_size epochs lr clip "
     "backbone_lr beam_size max_len".split(),
 )
-def test_what_must_be_above_zero(name):
+def test_settings_that_must_be_above_zero(name):
     for value in (0, -1):
         with pytest.raises(UserError, match=rf"{name}={value}(\.0)? must be above 0; give a larger number"):
             Recipe().with_settings({name: value})
@@ -109,8 +109,6 @@ def test_what_must_be_above_zero(name):
 
 
 def test_settings_that_contradict_each_other():
-    with pytest.raises(UserError, match="the layers of the decoder attend are given; leave num_layers at 1"):
-        Recipe(decoder="attend", num_layers=2)
     with pytest.raises(UserError, match="squash keeps the whole image and random_crop cuts it; turn one of them off"):
         Recipe(squash=True, random_crop=True)
 
@@ -143,9 +141,94 @@ def test_each_decoder_is_built_as_the_recipe_says():
     assert attend.attention.query.weight.shape == (24, 48)
     assert attend.dropout.p == 0.25
     transformer = CaptionModel(replace(recipe, decoder="transformer", num_layers=2).model_config(9)).decoder
-    assert [layer.look.num_heads for layer in transformer.layers] == [4, 4]
+    assert [layer.cross_attn.num_heads for layer in transformer.layers] == [4, 4]
     lstm = CaptionModel(replace(recipe, decoder="every-step", num_layers=3).model_config(9)).decoder.lstm
     assert (lstm.input_size, lstm.hidden_size, lstm.num_layers) == (64, 48, 3)
     tied = CaptionModel(replace(recipe, hidden_size=32, tie_embeddings=True, batch_norm=True).model_config(9))
     assert tied.decoder.linear.weight is tied.decoder.embed.weight
     assert isinstance(tied.encoder.embed[1], torch.nn.BatchNorm1d)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_gets_the_settings_that_its_constructor_has(name):
+    decoder = Recipe(decoder=name).model_config(9)["decoder"]
+    extra = {"attention_size"} if name in ("attend", "top-down") else {"num_layers"}
+    extra |= {"num_heads"} if name == "transformer" else set()
+    assert decoder.keys() == {"name", "embed_size", "hidden_size", "vocab_size", "dropout", "tie_embeddings"} | extra
+
+
+def test_an_unknown_decoder_is_refused_before_anything_is_built():
+    recipe = Recipe(decoder="lstm")
+    for use in (recipe.unused_settings, lambda: recipe.model_config(9)):
+        with pytest.raises(UserError, match="no decoder 'lstm'; choose one of show-tell, every-step, attend, top-down"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("settings", "notes"),
+    [
+        ({}, []),
+        ({"captions_per_image": 2}, ["captions_per_image=2 has no effect: group is length"]),
+        ({"captions_per_image": 2, "group": "image"}, []),
+        ({"crop": 200, "squash": True}, ["crop=200 has no effect: squash keeps the whole image"]),
+        ({"crop": 200}, []),
+        (
+            {"encoder": "tiny", "fine_tune": "layer4", "backbone_lr": 1.0},
+            [
+                "fine_tune=layer4 has no effect: the encoder tiny always trains completely",
+                "backbone_lr=1.0 has no effect: the encoder tiny trains at lr",
+            ],
+        ),
+        ({"backbone_lr": 1.0}, ["backbone_lr=1.0 has no effect: fine_tune names no layers"]),
+        ({"backbone_lr": 1.0, "fine_tune": "layer4"}, []),
+        ({"weight_decay": 0.1}, ["weight_decay=0.1 has no effect: optimizer is adam"]),
+        ({"weight_decay": 0.1, "optimizer": "adamw"}, []),
+        ({"attention_cost": 1.0}, ["attention_cost=1.0 has no effect: the decoder show-tell does not attend"]),
+        (
+            {"decoder": "attend", "num_layers": 2, "num_heads": 4},
+            [
+                "num_layers=2 has no effect: the decoder attend does not have it",
+                "num_heads=4 has no effect: the decoder attend does not have it",
+            ],
+        ),
+        ({"attention_size": 9}, ["attention_size=9 has no effect: the decoder show-tell does not have it"]),
+    ],
+)
+def test_settings_without_effect_are_named(settings, notes):
+    assert Recipe(**settings).unused_settings() == notes
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_has_settings_without_effect(name):
+    assert recipe_named(name).unused_settings() == []
+
+
+def header_of(recipe: Recipe, /, **meta) -> dict:
+    config, transform = recipe.model_config(9), recipe.transform().evaluation().to_dict()
+    return {"model": config, "transform": transform, "vocabulary": {"tokenizer": recipe.tokenizer}, "meta": meta}
+
+
+def test_the_model_is_inherited_and_the_schedule_is_not():
+    other = replace(recipe_named("flickr8k-transformer"), tokenizer="treebank", max_len=30, warmup=4000, fine_tune="x")
+    header = header_of(other, recipe={**other.to_dict(), "unknown": 1})
+    header["model"]["decoder"]["unknown"] = 2
+    recipe = Recipe(epochs=2, warmup=7, batch_size=3).inherit_model(header)
+    model = ("encoder", "decoder", "batch_norm", "num_layers", "dropout", "tie_embeddings", "squash", "resize")
+    inherited = {name: getattr(other, name) for name in (*model, "tokenizer", "max_len")}
+    assert recipe == replace(Recipe(epochs=2, warmup=7, batch_size=3), **inherited)
+    assert recipe.model_config(9) == other.model_config(9)
+    assert (
+        replace(other, squash=False, resize=300, crop=200).transform()
+        == Recipe().inherit_model(header_of(replace(other, squash=False, resize=300, crop=200))).transform()
+    )
+
+
+def test_arguments_that_a_model_leaves_out_have_the_defaults_of_its_constructor():
+    """As in models of `import-legacy`, which have no recipe either."""
+    header = header_of(Recipe())
+    header["model"] = {
+        "encoder": {"embed_size": 256, "backbone": "resnet152"},
+        "decoder": {"name": "show-tell", "embed_size": 256, "hidden_size": 512, "vocab_size": 9, "num_layers": 1},
+    }
+    recipe = Recipe(batch_norm=True, tie_embeddings=True).inherit_model(header)
+    assert recipe == Recipe(encoder="resnet152", embed_size=256, dropout=0.0)
