@@ -1,6 +1,6 @@
-"""The ancestors' files, in and out: `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl` of Show and Tell captioners.
+"""Import and export of other captioning repositories' files: `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl`.
 
-Layers are recognised by their shape and role, not by their name, because each project gave them other names.
+Layers are recognised by their shape and role, because every repository has its own names for them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from showtell.vocabulary import Vocabulary
 
 # nn.Sequential(*list(resnet.children())[:-1]) numbers the layers; 2, 3 and 8 (ReLU and poolings) have no weights.
 _NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+_ORDER = "give the encoder first, the decoder second and the vocabulary third"
 _NAMED = {name: number for number, name in _NUMBERED.items()}
 # (whether the blocks are bottlenecks, how many each layer has) -> torchvision's name
 _RESNETS = {
@@ -28,7 +29,7 @@ _RESNETS = {
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
-_BATCH_NORM_EPS = 1e-5  # PyTorch's default, which all of them kept
+_BATCH_NORM_EPS = 1e-5  # PyTorch's default, which all of them use
 _Linear = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
 
 
@@ -38,20 +39,21 @@ def import_legacy(
     vocab_path: str | PathLike,
     transform: Transform = IMAGENET,
 ) -> Checkpoint:
-    """Reads an ancestor's captioner: a torchvision ResNet, a linear layer, an LSTM whose first input is the image.
+    """Read a Show and Tell model: a torchvision ResNet, a linear layer, an LSTM whose first input is the image.
 
-    A `BatchNorm1d` behind the encoder's linear layer is folded into that layer, which changes nothing in eval mode.
-    Files saved from `nn.DataParallel` are read too. No pickle is executed.
+    A `BatchNorm1d` after the encoder's linear layer is folded into it, which changes nothing in eval mode. Files saved
+    from `nn.DataParallel` are read too. No pickle is executed.
 
     Args:
         encoder_path: the encoder's state dict.
         decoder_path: the decoder's state dict.
         vocab_path: the vocabulary, a pickled `Vocabulary` object.
-        transform: how the model sees images; the file does not say. Most ancestors trained on crops of 224 pixels.
+        transform: the model's image transform, which the files do not hold. Most repositories train on crops of 224
+            pixels.
 
     Raises:
-        MissingFileError: one of the files is not there.
-        UserError: a file is damaged, is a whole pickled module, holds another kind of model, or does not fit the rest.
+        MissingFileError: a file does not exist.
+        UserError: a file is damaged, a whole pickled module or another kind of model, or does not fit the others.
     """
     vocab = Vocabulary.load(vocab_path)
     backbone, net, (weight, bias) = _read_encoder(_state_dict(encoder_path, "encoder"), encoder_path)
@@ -59,12 +61,12 @@ def import_legacy(
     if sizes["vocab_size"] != len(vocab):
         raise UserError(
             f"{vocab_path} has {len(vocab)} words and {decoder_path} was trained with {sizes['vocab_size']}; "
-            "give the vocabulary file of the same training run"
+            "give the vocabulary of the same training run"
         )
     if sizes["embed_size"] != len(bias):
         raise UserError(
-            f"{encoder_path} gives {len(bias)} numbers an image and {decoder_path} reads {sizes['embed_size']}; "
-            "give the encoder and decoder of the same epoch of the same run"
+            f"{encoder_path} gives {len(bias)} features per image and {decoder_path} takes {sizes['embed_size']}; "
+            "give the encoder and decoder of the same training run"
         )
     tensors = {f"encoder.backbone.net.{name}": tensor for name, tensor in net.items()}
     tensors |= {"encoder.embed.weight": weight, "encoder.embed.bias": bias}
@@ -79,44 +81,42 @@ def import_legacy(
 
 
 def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 1) -> tuple[Path, Path, Path]:
-    """Writes `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl`, for a project that is built as the ancestors are.
+    """Write `encoder-N.pkl`, `decoder-N.pkl` and `vocab.pkl` for other captioning repositories.
 
     The first two are state dicts with the keys `resnet.*` and `embed.*`, and `embed.*`, `lstm.*` and `linear.*`. A
-    batch norm behind the encoder's linear layer is folded into that layer. The vocabulary is plain lists, as
-    `Vocabulary.save` writes it. The image transform has no place in these files.
+    batch norm after the encoder's linear layer is folded into it. The vocabulary is plain lists, as `Vocabulary.save`
+    writes it. The files do not hold the image transform.
 
     Args:
         checkpoint: a Show and Tell model on a torchvision ResNet.
-        folder: where to write; made if need be.
-        number: N, the epoch in the ancestors' use.
+        folder: the output folder, created if necessary.
+        number: N, the epoch in other repositories.
 
     Returns:
         The paths of encoder, decoder and vocabulary.
 
     Raises:
-        UserError: the ancestors have no such model; the sentence says why.
+        UserError: the files have no place for such a model; the message says why.
     """
     config, model = checkpoint.model.config, checkpoint.model
-    decoder, encoder = config["decoder"]["name"], config["encoder"]
-    backbone = model.encoder.backbone.name
-    remedy = "export it as onnx, or train a show-tell decoder on a ResNet of torchvision"
+    decoder, backbone = config["decoder"]["name"], model.encoder.backbone.name
+    problem = None
     if decoder != "show-tell":
-        raise UserError(f"the legacy format holds show-tell decoders, and this one is {decoder!r}; {remedy}")
-    if backbone not in _RESNETS.values():
-        known = ", ".join(_RESNETS.values())
-        raise UserError(f"the legacy format holds {known}, and this model's backbone is {backbone!r}; {remedy}")
-    if encoder.get("stride_in_1x1"):
-        raise UserError(
-            f"this model's {backbone} has its strides in the 1x1 convolutions (stride_in_1x1), where torchvision's "
-            f"layout, which the legacy format means, has them in the 3x3; {remedy}"
-        )
+        problem = f"the decoder show-tell, not {decoder!r}"
+    elif backbone not in _RESNETS.values():
+        problem = f"the backbones {', '.join(_RESNETS.values())}, not {backbone!r}"
+    elif config["encoder"].get("stride_in_1x1"):
+        problem = "torchvision's ResNets with their strides in the 3x3 convolutions, not stride_in_1x1"
+    if problem:
+        raise UserError(f"the legacy format supports {problem}; use --format half, or train such a model")
     state = {name: tensor.detach().float().cpu() for name, tensor in model.encoder.embed.state_dict().items()}
-    weight, bias = _fold(state, "0.", "1.") if encoder.get("batch_norm") else (state["weight"], state["bias"])
+    batch_norm = config["encoder"].get("batch_norm")
+    weight, bias = _fold(state, "0.", "1.") if batch_norm else (state["weight"], state["bias"])
     encoder_state = {"embed.weight": weight, "embed.bias": bias}
     for name, tensor in model.encoder.backbone.net.state_dict().items():
         layer, _, rest = name.partition(".")
         encoder_state[f"resnet.{_NAMED[layer]}.{rest}"] = tensor.cpu()
-    # Clones, because a weight shared by two layers must not stay shared in the file.
+    # Clones, because a weight that two layers share must be stored twice.
     decoder_state = {name: tensor.float().cpu().clone() for name, tensor in model.decoder.state_dict().items()}
     folder = Path(folder)
     paths = (folder / f"encoder-{number}.pkl", folder / f"decoder-{number}.pkl", folder / "vocab.pkl")
@@ -128,14 +128,12 @@ def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 
 
 
 def _state_dict(path: str | PathLike, role: str) -> dict[str, Tensor]:
-    """Reads a state dict in single precision, without the `module.` of `nn.DataParallel`."""
-    content = read_plain_pickle(path, role, f"give the ancestor's {role} state dict")
+    """Read a state dict in single precision, without the prefix `module.` of `nn.DataParallel`."""
+    content = read_plain_pickle(path, f"state dict of the {role}", f"give a file with {role}.state_dict()")
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path} holds a {type(content).__name__} and no state dict; save {role}.state_dict() alone")
+        raise UserError(f"{path} holds a {type(content).__name__}, not a state dict; save {role}.state_dict() alone")
     if others := [str(key) for key, value in content.items() if not isinstance(value, Tensor)]:
-        raise UserError(
-            f"{path} holds {', '.join(others[:4])} beside or instead of tensors; save {role}.state_dict() alone"
-        )
+        raise UserError(f"{path} holds {_some(others)} besides tensors; save {role}.state_dict() alone")
     state = {str(key): value.float() if value.is_floating_point() else value for key, value in content.items()}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -143,13 +141,10 @@ def _state_dict(path: str | PathLike, role: str) -> dict[str, Tensor]:
 
 
 def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, dict[str, Tensor], _Linear]:
-    """Returns the ResNet's name, its tensors by torchvision's names, and the linear layer with the batch norm in it."""
+    """Return the ResNet's name, its tensors under torchvision's names, and the linear layer, batch norm folded in."""
     first = next((key for key, tensor in state.items() if tensor.shape == (64, 3, 7, 7)), None)
     if first is None:
-        raise UserError(
-            f"{path} has no ResNet (no 7x7 convolution of an image, but {_some(state)}); "
-            "give the encoder first, the decoder second and the vocabulary third"
-        )
+        raise UserError(f"{path} has no ResNet (no 7x7 convolution of an image, but {_some(state)}); {_ORDER}")
     prefix = first.removesuffix("weight").removesuffix("conv1.").removesuffix("0.")  # "resnet." in all of them
     net: dict[str, Tensor] = {}
     rest: dict[str, Tensor] = {}
@@ -167,8 +162,8 @@ def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, 
     bottleneck = "layer1.0.conv3.weight" in net
     if (bottleneck, blocks) not in _RESNETS:
         raise UserError(
-            f"{path} has a ResNet of {blocks} blocks, which torchvision does not; "
-            f"{', '.join(_RESNETS.values())} can be imported"
+            f"{path} has a ResNet of {blocks} blocks, which torchvision does not have; give one of "
+            f"{', '.join(_RESNETS.values())}"
         )
     feature_size = 2048 if bottleneck else 512
     heads = [stem for stem, weight in _matrices(rest).items() if weight.shape[1] == feature_size]
@@ -176,7 +171,7 @@ def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, 
     if not heads:
         raise UserError(
             f"{path} lacks the linear layer from the ResNet's {feature_size} features to the embedding; "
-            "save the whole encoder's state_dict()"
+            "save the state_dict() of the whole encoder"
         )
     used = {f"{heads[0]}weight", f"{heads[0]}bias"}
     head = (rest[f"{heads[0]}weight"], rest[f"{heads[0]}bias"])
@@ -190,43 +185,35 @@ def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, 
 
 
 def _read_decoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Returns the decoder's tensors by our names, and the sizes that `DecoderRNN` takes."""
+    """Return the decoder's tensors under the names of `DecoderRNN`, and its sizes."""
     matrices = _matrices(state)
     embeds = [stem for stem in matrices if f"{stem}bias" not in state]
     classifiers = [stem for stem in matrices if f"{stem}bias" in state]
     lstms = [
         key.removesuffix("weight_ih_l0") for key in state if key.endswith("weight_ih_l0") and state[key].dim() == 2
     ]
-    lacks = [
-        what
-        for what, found in (
-            ("a word embedding (a matrix without bias)", embeds),
-            ("an LSTM (weight_ih_l0 and so on)", lstms),
-            ("a classifier (a linear layer with one row a word)", classifiers),
-        )
-        if not found
-    ]
-    if lacks:
-        raise UserError(
-            f"{path} lacks {' and '.join(lacks)}, and has {_some(state)}; "
-            "give the encoder first, the decoder second and the vocabulary third"
-        )
+    wanted = {
+        "a word embedding (a matrix without bias)": embeds,
+        "an LSTM (weight_ih_l0 and so on)": lstms,
+        "a classifier (a linear layer with one row per word)": classifiers,
+    }
+    if lacks := [what for what, found in wanted.items() if not found]:
+        raise UserError(f"{path} lacks {' and '.join(lacks)}, and has {_some(state)}; {_ORDER}")
     lstm, embed = lstms[0], matrices[embeds[0]]
     vocab_size, embed_size = embed.shape
-    # The classifier is the layer with a row a word; where none fits, the first serves to say so below.
+    # The classifier is the layer with a row per word; if there is none, the message below is about the first.
     classifier = next((stem for stem in classifiers if matrices[stem].shape[0] == vocab_size), classifiers[0])
     rows, hidden_size = matrices[classifier].shape
     if rows != vocab_size:
         raise UserError(
-            f"{path} has an embedding of {vocab_size} words and a classifier of {rows}; "
-            "a decoder whose two agree can be imported"
+            f"{path} has an embedding of {vocab_size} words and a classifier of {rows}; they must agree to be imported"
         )
     layers = sum(key.startswith(f"{lstm}weight_ih_l") and not key.endswith("_reverse") for key in state)
     gates, inputs = state[f"{lstm}weight_ih_l0"].shape
     if (gates, inputs) != (4 * hidden_size, embed_size):
         raise UserError(
-            f"{path} has a recurrent layer of shape {gates} x {inputs}, where an LSTM that reads one embedding a step "
-            f"has {4 * hidden_size} x {embed_size}; only such Show and Tell decoders can be imported"
+            f"{path} has a recurrent layer of shape {gates} x {inputs}, where the LSTM of Show and Tell has "
+            f"{4 * hidden_size} x {embed_size}; only Show and Tell decoders can be imported"
         )
     names = [f"{kind}_{way}_l{i}" for i in range(layers) for kind in ("weight", "bias") for way in ("ih", "hh")]
     renamed = {f"{embeds[0]}weight": "embed.weight"}
@@ -238,7 +225,7 @@ def _read_decoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[dict[
 
 
 def _matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The 2-D weights of layers, by their names up to and with the last dot; an LSTM's end otherwise."""
+    """Return the 2-D weights of layers by their prefixes, such as `fc.`; those of an LSTM end otherwise."""
     return {
         key.removesuffix("weight"): tensor
         for key, tensor in state.items()
@@ -247,7 +234,7 @@ def _matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fold(state: dict[str, Tensor], linear: str, norm: str) -> _Linear:
-    """A linear layer and the batch norm behind it, as the one linear layer that the two are in eval mode."""
+    """Fold a batch norm into the linear layer before it."""
     weight, bias = (state[f"{linear}{name}"].double() for name in ("weight", "bias"))
     gain, offset, mean, variance = (
         state[f"{norm}{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
@@ -257,9 +244,8 @@ def _fold(state: dict[str, Tensor], linear: str, norm: str) -> _Linear:
 
 
 def _refuse_others(state: dict[str, Tensor], used: set[str], path: str | PathLike, parts: str) -> None:
-    others = [key for key in state if key not in used]
-    if others:
-        raise UserError(f"{path} holds {_some(others)} beside {parts}; only plain Show and Tell models can be imported")
+    if others := [key for key in state if key not in used]:
+        raise UserError(f"{path} holds {_some(others)} besides {parts}; only Show and Tell models can be imported")
 
 
 def _some(keys: dict[str, Tensor] | list[str]) -> str:

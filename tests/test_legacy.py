@@ -1,4 +1,4 @@
-"""The ancestors' files: six naming schemes read, folded, refused and written, against a plain copy of their models."""
+"""Files of other captioning repositories: six naming schemes are read, folded, refused and written."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCHEMES = {
 E, H, V = 256, 512, 9955  # the sizes that most of them used
 
 
-class AncestorEncoder(nn.Module):
+class TheirEncoder(nn.Module):
     """Their encoder, with their attribute names."""
 
     def __init__(self, resnet: nn.Module, head: str, norm: str | None, embed_size: int = E):
@@ -50,7 +50,7 @@ class AncestorEncoder(nn.Module):
         return getattr(self, self.norm)(features) if self.norm else features
 
 
-class AncestorDecoder(nn.Module):
+class TheirDecoder(nn.Module):
     """Their decoder, with their attribute names."""
 
     def __init__(self, embed: str, lstm: str, linear: str, sizes: tuple[int, int, int] = (E, H, V), layers: int = 1):
@@ -123,8 +123,8 @@ def write_vocab(path: Path, first: tuple[str, ...] = CVND, size: int = V, module
 
 def check_scheme(scheme: str, backbone: str, folder: Path) -> None:
     _, head, norm, embed, lstm, linear, first = SCHEMES[scheme]
-    encoder = AncestorEncoder(resnet(backbone), head, norm).eval()
-    decoder = AncestorDecoder(embed, lstm, linear).eval()
+    encoder = TheirEncoder(resnet(backbone), head, norm).eval()
+    decoder = TheirDecoder(embed, lstm, linear).eval()
     nn.init.normal_(getattr(decoder, linear).bias)  # else every caption would be much the same word
     torch.save(encoder.state_dict(), folder / "encoder-3.pkl")
     torch.save(decoder.state_dict(), folder / "decoder-3.pkl")
@@ -163,16 +163,16 @@ def test_scheme_is_read_at_full_depth(scheme, tmp_path):
     check_scheme(scheme, "resnet152", tmp_path)
 
 
-# ---- One small ancestor for the rest -----------------------------------------------------------------------------
+# ---- A small model for the other tests -----------------------------------------------------------------------------
 
 SMALL = (8, 12, 20)
 
 
 @pytest.fixture
-def ancestor(tmp_path):
-    """Writes `encoder.pkl`, `decoder.pkl` and `vocab.pkl`; returns their paths and both state dicts, to be altered."""
-    encoder = AncestorEncoder(resnet("resnet18"), "embed", "bn", SMALL[0]).state_dict()
-    decoder = AncestorDecoder("embed", "lstm", "linear", SMALL).state_dict()
+def files(tmp_path):
+    """Paths of `encoder.pkl`, `decoder.pkl` and `vocab.pkl`, and the two state dicts, which a test may alter."""
+    encoder = TheirEncoder(resnet("resnet18"), "embed", "bn", SMALL[0]).state_dict()
+    decoder = TheirDecoder("embed", "lstm", "linear", SMALL).state_dict()
     return Files(tmp_path, encoder, decoder)
 
 
@@ -196,38 +196,38 @@ def logits(checkpoint, seed: int = 3):
         return checkpoint.model(images, torch.randint(0, 20, (2, 6), generator=generator))[0]
 
 
-def test_data_parallel_old_counters_and_other_precision_change_nothing(ancestor, tmp_path):
-    plain = logits(ancestor.read())
+def test_data_parallel_old_counters_and_other_precision_change_nothing(files, tmp_path):
+    plain = logits(files.read())
     (tmp_path / "other").mkdir()
     other = Files(tmp_path / "other", {}, {})
     # PyTorch 0.4.0 had no num_batches_tracked, and nn.DataParallel puts "module." before every name.
-    other.encoder = {f"module.{k}": v for k, v in ancestor.encoder.items() if "num_batches" not in k}
-    other.decoder = {f"module.{k}": v.double() for k, v in ancestor.decoder.items()}
+    other.encoder = {f"module.{k}": v for k, v in files.encoder.items() if "num_batches" not in k}
+    other.decoder = {f"module.{k}": v.double() for k, v in files.decoder.items()}
     assert torch.equal(logits(other.read()), plain)
 
 
-def test_pytorch_before_1_6_wrote_another_container(ancestor):
-    torch.save(ancestor.encoder, ancestor.paths[0], _use_new_zipfile_serialization=False)
-    assert ancestor.read().model.config["encoder"]["backbone"] == "resnet18"
+def test_pytorch_before_1_6_wrote_another_container(files):
+    torch.save(files.encoder, files.paths[0], _use_new_zipfile_serialization=False)
+    assert files.read().model.config["encoder"]["backbone"] == "resnet18"
 
 
-def test_torchvision_names_and_several_layers_are_read(ancestor):
+def test_torchvision_names_and_several_layers_are_read(files):
     names = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
     renamed = {}
-    for key, tensor in ancestor.encoder.items():
+    for key, tensor in files.encoder.items():
         parts = key.split(".")
         renamed[".".join(["cnn", names[parts[1]], *parts[2:]]) if parts[0] == "resnet" else key] = tensor
-    decoder = AncestorDecoder("words", "rnn", "out", SMALL, layers=3)
-    ancestor.encoder, ancestor.decoder = renamed, dict(decoder.state_dict())
-    checkpoint = ancestor.read(transform=SQUASHED)
+    decoder = TheirDecoder("words", "rnn", "out", SMALL, layers=3)
+    files.encoder, files.decoder = renamed, dict(decoder.state_dict())
+    checkpoint = files.read(transform=SQUASHED)
     assert checkpoint.model.config["decoder"]["num_layers"] == 3
     assert checkpoint.transform == SQUASHED
     features, captions = torch.randn(2, SMALL[0]), torch.randint(0, 20, (2, 6))
     torch.testing.assert_close(checkpoint.model.decoder(features, captions), decoder(features, captions))
 
 
-def test_imported_model_becomes_one_of_our_checkpoints(ancestor, tmp_path):
-    checkpoint = ancestor.read(transform=IMAGENET_TRAIN)
+def test_imported_model_becomes_one_of_our_checkpoints(files, tmp_path):
+    checkpoint = files.read(transform=IMAGENET_TRAIN)
     assert checkpoint.transform == IMAGENET
     save_checkpoint(tmp_path / "m.safetensors", checkpoint.model, checkpoint.vocab, checkpoint.transform)
     again = load_checkpoint(tmp_path / "m.safetensors")
@@ -248,7 +248,7 @@ def both_ways() -> dict:
 
 
 def head_of(embed_size: int) -> dict:
-    return AncestorEncoder(resnet("resnet18"), "embed", "bn", embed_size).state_dict()
+    return TheirEncoder(resnet("resnet18"), "embed", "bn", embed_size).state_dict()
 
 
 @pytest.mark.parametrize(
@@ -258,10 +258,10 @@ def head_of(embed_size: int) -> dict:
         (lambda f: drop(f.decoder, "linear"), r"decoder\.pkl lacks a classifier"),
         (lambda f: drop(f.decoder, "lstm"), r"decoder\.pkl lacks an LSTM"),
         (lambda f: drop(f.decoder, "lstm.bias"), r"2 missing, decoder\.lstm\.bias_ih_l0 first"),
-        (lambda f: f.decoder.update({"init_h.weight": torch.ones(3)}), r"decoder\.pkl holds init_h\.weight beside"),
+        (lambda f: f.decoder.update({"init_h.weight": torch.ones(3)}), r"decoder\.pkl holds init_h\.weight besides"),
         (
             lambda f: f.decoder.update(both_ways()),
-            r"decoder\.pkl holds lstm\.weight_ih_l0_reverse, .* beside an embedding",
+            r"decoder\.pkl holds lstm\.weight_ih_l0_reverse, .* besides an embedding",
         ),
         (
             lambda f: f.decoder.update({"linear.weight": torch.ones(21, 12)}),
@@ -269,37 +269,37 @@ def head_of(embed_size: int) -> dict:
         ),
         (
             lambda f: f.decoder.update({"lstm.weight_ih_l0": torch.ones(36, 8)}),
-            r"shape 36 x 8, where an LSTM .* 48 x 8",
+            r"shape 36 x 8, where the LSTM .* 48 x 8",
         ),
         (lambda f: f.decoder.update({"lstm.weight_ih_l0": torch.ones(48, 16)}), r"shape 48 x 16"),
         (lambda f: drop(f.encoder, "embed"), r"encoder\.pkl lacks the linear layer from the ResNet's 512 features"),
         (lambda f: drop(f.encoder, "resnet.7.1."), r"ResNet of \(2, 2, 2, 1\) blocks.*resnet18"),
         (lambda f: drop(f.encoder, "resnet.7.1.conv2"), r"1 missing, encoder\.backbone\.net\.layer4\.1\.conv2\.weight"),
-        (lambda f: drop(f.encoder, "bn.running_var"), r"encoder\.pkl holds bn\.weight.* beside a ResNet"),
-        (lambda f: f.encoder.update({"gate.bias": torch.ones(3)}), r"encoder\.pkl holds gate\.bias beside a ResNet"),
-        (lambda f: f.encoder.update(head_of(9)), r"encoder\.pkl gives 9 numbers an image and .*decoder\.pkl reads 8"),
+        (lambda f: drop(f.encoder, "bn.running_var"), r"encoder\.pkl holds bn\.weight.* besides a ResNet"),
+        (lambda f: f.encoder.update({"gate.bias": torch.ones(3)}), r"encoder\.pkl holds gate\.bias besides a ResNet"),
+        (lambda f: f.encoder.update(head_of(9)), r"encoder\.pkl gives 9 features per image and .*decoder\.pkl takes 8"),
         (lambda f: write_vocab(f.paths[2], size=21), r"vocab\.pkl has 21 words and .*decoder\.pkl was trained with 20"),
-        (lambda f: f.decoder.update({"epoch": 3}), r"decoder\.pkl holds epoch beside .*decoder\.state_dict\(\) alone"),
-        (lambda f: torch.save([1, 2], f.paths[1]), r"decoder\.pkl holds a list and no state dict"),
-        (lambda f: torch.save({}, f.paths[1]), r"decoder\.pkl holds a dict and no state dict"),
-        (lambda f: f.paths[0].mkdir(), r"encoder\.pkl is a folder; name the encoder in it"),
+        (lambda f: f.decoder.update({"epoch": 3}), r"decoder\.pkl holds epoch besides .*decoder\.state_dict\(\) alone"),
+        (lambda f: torch.save([1, 2], f.paths[1]), r"decoder\.pkl holds a list, not a state dict"),
+        (lambda f: torch.save({}, f.paths[1]), r"decoder\.pkl holds a dict, not a state dict"),
+        (lambda f: f.paths[0].mkdir(), r"encoder\.pkl is a folder, not a state dict of the encoder"),
         (lambda f: f.paths[0].write_bytes(b""), r"encoder\.pkl is empty"),
         (
             lambda f: f.paths[0].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)),
-            r"encoder\.pkl is damaged, cut short or no",
+            r"encoder\.pkl is damaged, truncated or no",
         ),
     ],
 )
-def test_refused_in_one_sentence(ancestor, change, sentence):
-    change(ancestor)
+def test_unusable_files_are_refused_with_one_message(files, change, sentence):
+    change(files)
     with pytest.raises(UserError, match=sentence) as caught:
-        ancestor.read()
+        files.read()
     assert "\n" not in str(caught.value)
 
 
-def test_files_in_the_wrong_order_are_told_the_right_one(ancestor):
-    ancestor.read()
-    encoder, decoder, vocab = ancestor.paths
+def test_files_in_the_wrong_order_are_refused_with_the_right_one(files):
+    files.read()
+    encoder, decoder, vocab = files.paths
     order = "give the encoder first, the decoder second and the vocabulary third"
     with pytest.raises(UserError, match=rf"decoder\.pkl has no ResNet .*; {order}"):
         import_legacy(decoder, encoder, vocab)
@@ -307,20 +307,20 @@ def test_files_in_the_wrong_order_are_told_the_right_one(ancestor):
         import_legacy(encoder, encoder, vocab)
 
 
-def test_a_missing_file_is_named(ancestor, tmp_path):
-    ancestor.read()
-    ancestor.paths[1].unlink()
-    with pytest.raises(MissingFileError, match=r"there is no decoder at .*decoder\.pkl"):
-        import_legacy(*ancestor.paths)
+def test_a_missing_file_is_named(files, tmp_path):
+    files.read()
+    files.paths[1].unlink()
+    with pytest.raises(MissingFileError, match=r"there is no state dict of the decoder at .*decoder\.pkl"):
+        import_legacy(*files.paths)
 
 
-def test_a_truncated_file_is_refused(ancestor):
-    ancestor.read()
-    content = ancestor.paths[0].read_bytes()
+def test_a_truncated_file_is_refused(files):
+    files.read()
+    content = files.paths[0].read_bytes()
     for kept in (10, 1000, len(content) // 2, len(content) - 40):
-        ancestor.paths[0].write_bytes(content[:kept])
-        with pytest.raises(UserError, match=r"encoder\.pkl is damaged, cut short"):
-            import_legacy(*ancestor.paths)
+        files.paths[0].write_bytes(content[:kept])
+        with pytest.raises(UserError, match=r"encoder\.pkl is damaged, truncated"):
+            import_legacy(*files.paths)
 
 
 class Hostile:
@@ -335,20 +335,20 @@ class Hostile:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("which", [0, 1])
-def test_a_hostile_pickle_executes_nothing(ancestor, tmp_path, which, zipped):
-    state = (ancestor.encoder, ancestor.decoder)[which]
+def test_a_hostile_pickle_executes_nothing(files, tmp_path, which, zipped):
+    state = (files.encoder, files.decoder)[which]
     hostile = state | {"zz": Hostile(tmp_path / "trace")}
-    torch.save(hostile, ancestor.paths[which], _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"it names (posix|nt)\.mkdir, and nothing of it was run") as caught:
-        ancestor.read()
+    torch.save(hostile, files.paths[which], _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"it names (posix|nt)\.mkdir, which was not executed") as caught:
+        files.read()
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trace").exists()
 
 
-def test_a_hostile_vocabulary_executes_nothing(ancestor, tmp_path):
-    ancestor.paths[2].write_bytes(pickle.dumps(Hostile(tmp_path / "trace")))
+def test_a_hostile_vocabulary_executes_nothing(files, tmp_path):
+    files.paths[2].write_bytes(pickle.dumps(Hostile(tmp_path / "trace")))
     with pytest.raises(UserError, match=r"mkdir"):
-        ancestor.read()
+        files.read()
     assert not (tmp_path / "trace").exists()
 
 
@@ -358,10 +358,10 @@ def test_the_hostile_file_would_have_worked(tmp_path):
     assert (tmp_path / "trace").is_dir()
 
 
-def test_a_whole_module_is_refused_by_name(ancestor):
-    torch.save(nn.Linear(2, 2), ancestor.paths[1])
+def test_a_whole_module_is_refused_by_name(files):
+    torch.save(nn.Linear(2, 2), files.paths[1])
     with pytest.raises(UserError, match=r"it names torch\.nn\.modules\.linear\.Linear.*state_dict\(\) alone"):
-        ancestor.read()
+        files.read()
 
 
 # ---- Export ------------------------------------------------------------------------------------------------------
@@ -394,11 +394,11 @@ def test_export_and_import_return_the_model(encoder, decoder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
 
 
-def test_exported_files_load_into_the_ancestors_classes(tmp_path):
+def test_exported_files_load_into_classes_of_other_repositories(tmp_path):
     checkpoint = trained()
     paths = export_legacy(checkpoint, tmp_path)
-    encoder = AncestorEncoder(models.resnet18(weights=None), "embed", None, 8)
-    decoder = AncestorDecoder("embed", "lstm", "linear", SMALL)
+    encoder = TheirEncoder(models.resnet18(weights=None), "embed", None, 8)
+    decoder = TheirDecoder("embed", "lstm", "linear", SMALL)
     encoder.load_state_dict(torch.load(paths[0], weights_only=True))  # strict: every key, and no other
     decoder.load_state_dict(torch.load(paths[1], weights_only=True))
     images, captions = torch.randn(2, 3, 64, 64), torch.randint(0, 20, (2, 6))
@@ -410,13 +410,13 @@ def test_exported_files_load_into_the_ancestors_classes(tmp_path):
 @pytest.mark.parametrize(
     ("encoder", "decoder", "sentence"),
     [
-        ({}, {"name": "every-step"}, "show-tell decoders, and this one is 'every-step'"),
-        ({}, {"name": "attend"}, "this one is 'attend'"),
-        ({"backbone": "tiny"}, {}, "holds resnet18, .*resnet152, and this model's backbone is 'tiny'"),
-        ({"backbone": "resnet50", "stride_in_1x1": True}, {}, "stride_in_1x1"),
+        ({}, {"name": "every-step"}, "supports the decoder show-tell, not 'every-step'; use --format half"),
+        ({}, {"name": "attend"}, "supports the decoder show-tell, not 'attend'"),
+        ({"backbone": "tiny"}, {}, "supports the backbones resnet18, .*resnet152, not 'tiny'"),
+        ({"backbone": "resnet50", "stride_in_1x1": True}, {}, "not stride_in_1x1"),
     ],
 )
-def test_export_refuses_what_the_ancestors_never_had(encoder, decoder, sentence, tmp_path):
+def test_export_refuses_models_that_the_files_cannot_hold(encoder, decoder, sentence, tmp_path):
     with pytest.raises(UserError, match=sentence):
         export_legacy(trained(encoder, decoder, TINY), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""The released models: small enough, as their card says, and still saying and scoring what they did when released."""
+"""The released models: size, checksum, and the captions and scores that they had when they were released."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def captioners() -> dict[str, Captioner]:
 
 @pytest.fixture(scope="module")
 def photographs() -> list[Card]:
-    """Those of scikit-image, with what the model that needs no name says of them."""
+    """The photographs of scikit-image, captioned by the default model."""
     pytest.importorskip("skimage")
     return demo.caption_photographs("cpu")
 
 
-def said(captioner: Captioner, photographs: list[Card]) -> dict[str, str]:
-    """What a model says of five drawn images and of the photographs."""
+def captions_of(captioner: Captioner, photographs: list[Card]) -> dict[str, str]:
+    """Caption five synthetic images and the photographs."""
     drawn = datasets.load("synthetic", split="test", n=5, size=224)
     images = {f"drawn {i}": drawn.image(i) for i in range(5)}
     images |= {card.title: card.image for card in photographs}
@@ -70,9 +70,9 @@ def test_the_roots_vocabulary_is_theirs(path):
 
 @every_model
 def test_its_captions_are_golden(path, captioners, photographs):
-    """`SHOWTELL_GOLDEN=write` writes them anew, for a new release."""
+    """`SHOWTELL_GOLDEN=write` updates the file, for a new release."""
     golden = json.loads(GOLDEN.read_text("utf-8")) if GOLDEN.exists() else {}
-    now = said(captioners[path.stem], photographs)
+    now = captions_of(captioners[path.stem], photographs)
     if os.environ.get("SHOWTELL_GOLDEN") == "write":
         GOLDEN.write_text(json.dumps({**golden, path.stem: now}, indent=1, ensure_ascii=False) + "\n", "utf-8")
     else:
@@ -91,7 +91,7 @@ def test_attention_sums_to_one_at_every_word(captioners):
 
 @every_model
 def test_the_scores_of_its_captions_reproduce(path, flickr8k):
-    """The captions of Flickr8k's test split are kept with the scores they had."""
+    """The captions of Flickr8k's test split are stored with their scores."""
     kept = json.loads((GOLDEN.parent / f"{path.stem}-flickr8k-test.json").read_text("utf-8"))
     captions = datasets.load("flickr8k", flickr8k, "test")
     references = {str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True)}
