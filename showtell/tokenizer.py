@@ -1,7 +1,8 @@
-"""Three ways to cut a caption into words, pure Python, without a download.
+"""Tokenisers: split a caption into words, in pure Python, without a download.
 
-`treebank` feeds vocabularies (NLTK's `word_tokenize` of the lower-cased caption, punctuation kept), `ptb` feeds scores
-(the tokeniser of coco-caption, punctuation dropped), `words` is the plain one for languages and needs of your own.
+`unicode` is the default for vocabularies: lower-case words of any script, no punctuation. `ptb` is for scores
+(coco-caption's tokeniser), `treebank` equals NLTK's `word_tokenize` (punctuation kept), and `words` (a-z, 0-9 and '
+only) remains for the models and vocabulary files that name it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,51 @@ import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
+
+DEFAULT_TOKENIZER = "unicode"
+
+
+def _character_class(*categories: str, last: int = 0xFFFF) -> str:
+    """The body of a regular expression's [...] for the Unicode categories, from U+0080 to `last`."""
+    ranges: list[list[int]] = []
+    for code in range(0x80, last + 1):
+        if unicodedata.category(chr(code)).startswith(categories):
+            if ranges and ranges[-1][1] == code - 1:
+                ranges[-1][1] = code
+            else:
+                ranges.append([code, code])
+    return "".join(f"\\U{first:08x}-\\U{end:08x}" for first, end in ranges)
+
+
+# ---- unicode: words of any script ----
+
+_APOSTROPHE = {ord("’"): "'"}
+_INVISIBLE = dict.fromkeys(map(ord, "\xad\ufe0e\ufe0f"))  # soft hyphen; text and emoji style
+_ASCII_WORD = re.compile(r"[a-z0-9]+(?:'[a-z0-9]+)*")
+
+
+@functools.cache
+def _unicode_word() -> re.Pattern:
+    marks = _character_class("Mn", "Mc", last=0x1FFFF)  # not Me, which makes keycap emoji of digits
+    word = rf"[^\W_](?:[^\W_]|[{marks}])*"
+    return re.compile(rf"{word}(?:['\u200c\u200d]{word})*")  # zero-width (non-)joiners: Persian, Sinhala
+
+
+def unicode(text: str) -> list[str]:
+    """Split a caption into lower-case words of letters, digits and combining marks of any script.
+
+    An apostrophe (' or ’) inside a word belongs to it and becomes '; everything else separates words. The text is
+    normalised to NFC, so that equal-looking words are equal. NFKC would also rewrite what readers see (½ as 1⁄2,
+    Lego™ as legotm, Thai ำ as two signs), and a generated caption is made of these words.
+
+    Chinese, Japanese and Thai are written without spaces: put spaces between the words first.
+    """
+    text = text.lower()
+    if text.isascii():
+        return _ASCII_WORD.findall(text)
+    text = unicodedata.normalize("NFC", text.translate(_INVISIBLE)).translate(_APOSTROPHE)
+    return _unicode_word().findall(text)
+
 
 # ---- treebank: sentences, as NLTK's Punkt splits lower-cased English ----
 
@@ -40,7 +86,7 @@ _ABBREVIATIONS = frozenset(
 
 
 def _ends_sentence(piece: str, following: str) -> bool:
-    """Whether a sentence ends after `piece`, seen what comes next (NLTK's Punkt, on lower-cased English)."""
+    """Whether a sentence ends between `piece` and `following` (NLTK's Punkt, on lower-cased English)."""
     if piece in (".", "?", "!"):
         return True
     if not piece.endswith(".") or piece.endswith(".."):
@@ -54,14 +100,14 @@ def _ends_sentence(piece: str, following: str) -> bool:
 
 
 def _sentences(text: str) -> list[str]:
-    """Cuts lower-cased text where a sentence ends inside it."""
+    """Split lower-cased text into sentences."""
     endings: list[tuple[int, re.Match]] = []  # where the word starts, where the sentence may end
     word_start = scanned = 0
     for match in _ENDING.finditer(text):
         space = max(text.rfind(space, scanned, match.start()) for space in " \t\n\r\v\f")
         word_start, scanned = max(word_start, space + 1), match.start()
         if endings and endings[-1][0] == word_start < endings[-1][1].start():
-            endings.pop()  # in "what?!" only the last sign can end the sentence
+            endings.pop()  # in "what?!" only the last mark can end the sentence
         endings.append((word_start, match))
     sentences, start = [], 0
     for word_start, match in endings:
@@ -78,7 +124,7 @@ def _sentences(text: str) -> list[str]:
     return sentences
 
 
-# ---- treebank: words, as NLTK's Treebank tokeniser cuts a sentence ----
+# ---- treebank: words, as NLTK's Treebank tokeniser splits a sentence ----
 
 
 def _rules(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
@@ -137,13 +183,13 @@ def _treebank_sentence(text: str) -> list[str]:
 
 
 def treebank(text: str) -> list[str]:
-    """Cuts a caption into lower-case words and punctuation marks, as NLTK's `word_tokenize(text.lower())` does.
+    """Split a caption into lower-case words and punctuation marks, as NLTK's `word_tokenize(text.lower())` does.
 
-    A sentence that ends inside the caption gives its period back ("a pie. his hat" -> `pie . his hat`). NLTK itself
-    finds sentence ends with a downloaded model; the abbreviations that matter are written here instead.
+    The period of a sentence inside the caption is a word of its own ("a pie. his hat" -> `a pie . his hat`). NLTK
+    finds the ends of sentences with a downloaded model; this module lists the abbreviations that matter instead.
     """
     text = text.lower()
-    if _PLAIN.fullmatch(text) and not _JOINED.search(text):  # nine captions in ten
+    if _PLAIN.fullmatch(text) and not _JOINED.search(text):  # 90 % of captions
         return text.replace(",", " ,").replace(".", " .").split()
     return [word for sentence in _sentences(text) for word in _treebank_sentence(sentence)]
 
@@ -152,14 +198,20 @@ _WORD = re.compile(r"[a-z0-9']+")
 
 
 def words(text: str) -> list[str]:
-    """Cuts a caption into runs of lower-case letters a-z, digits and apostrophes; everything else separates them."""
+    """Split a caption into runs of the letters a-z, digits and ', lower-cased: "süßer" gives `s er`.
+
+    For models and vocabulary files that were made with it; new ones use `unicode`.
+    """
     return _WORD.findall(text.lower())
 
 
 # ---- ptb: coco-caption's tokeniser (Stanford CoreNLP 3.4.1's PTBTokenizer, lower case, punctuation removed) ----
 #
-# A lexer: at every position the rule that matches most characters, its look-ahead included, gives the next token; of
-# two equally long the first wins. Group 1 of a rule is the token, what it matches beyond is the look-ahead.
+# A lexer: at every position, the rule that matches most characters (look-ahead included) gives the next token; of two
+# equally long matches the first wins. A rule's group is the token; what it matches beyond the group is look-ahead.
+#
+# A rule that scans far ahead and then fails, at every position, takes quadratic time. Such a rule has a gate: it can
+# match only if its `required` text comes before its `stop`, and the next position of both is remembered.
 
 _PTB_DROPPED = frozenset("'' ' `` ` . ? ! , : - -- ... ;".split())
 _PTB_ABBREVIATIONS = (
@@ -194,20 +246,9 @@ _PTB_SYMBOLS = {
 }  # fmt: skip
 
 
-def _character_class(*categories: str) -> str:
-    """The body of a regular expression's [...] for Unicode categories; the original knows 16-bit characters only."""
-    ranges: list[list[int]] = []
-    for code in range(0x80, 0x10000):
-        if unicodedata.category(chr(code)).startswith(categories):
-            if ranges and ranges[-1][1] == code - 1:
-                ranges[-1][1] = code
-            else:
-                ranges.append([code, code])
-    return "".join(f"\\u{first:04x}-\\u{last:04x}" for first, last in ranges)
-
-
 @functools.cache
-def _ptb_rules() -> list[re.Pattern]:
+def _ptb_rules() -> tuple[list[tuple[re.Pattern, str | None]], dict[str, tuple[re.Pattern, re.Pattern]]]:
+    """Return the rules, each with the name of its gate, and the gates: name -> (required, stop)."""
     letter = rf"A-Za-z{_character_class('L', 'M')}"
     digit = rf"0-9{_character_class('Nd')}"
     alnum = rf"[{letter}{digit}]"
@@ -223,6 +264,15 @@ def _ptb_rules() -> list[re.Pattern]:
     sgml_name = r"[A-Za-z][A-Za-z0-9_:.-]*"
     any_case, capital, before_number = ("|".join(map(re.escape, names)) for names in _PTB_ABBREVIATIONS)
     capital = "|".join(f"{name[0].upper()}(?i:{name[1:]})" for name in capital.split("|"))
+    extension = r"\.(?i:bmp|gif|html?|jpe?g|mov|mp3|pdf|png|txt|wav|zip)"
+    no_domain, no_address = r"\s\"'`<>|.!?(){},-_$", r" \t\"<>|()\xa0{}"
+    gates = {
+        "dotted": (r"-[A-Za-z0-9]", r"[^A-Za-z0-9.,]"),
+        "domain": (rf"(?<=[^{no_domain}])\.(?:com|edu|net|org)", rf"(?!\.)[{no_domain}]|\.\."),
+        "address": (rf"@[^{no_address}.]", rf"[{no_address}]"),
+        "file": (rf"(?<={alnum}){extension}", rf"[^{letter}{digit}.]|\.\."),
+        "tag": (r">", r"(?!)"),
+    }
     rules = [
         # words of two
         r"(?i:(can)not)",
@@ -246,17 +296,18 @@ def _ptb_rules() -> list[re.Pattern]:
         r"([A-Za-z](?:\.[A-Za-z])+\.)",
         rf"((?i:{any_case})\.|(?:{capital})\.)",
         rf"((?i:{before_number})\.)\s?[0-9]",
-        rf"((?:{word}|{thing}|{dotted_thing}|{company})\.)[,;:、]",
+        ("dotted", rf"((?:{word}|{thing}|{dotted_thing}|{company})\.)[,;:、]"),
+        rf"((?:{word}|{thing}|{company})\.)[,;:、]",
         # addresses
         r"(https?://[^ \t\"<>|()]+[^ \t\"<>|.!?(){},-])",
-        r"((?:[^\s\"`'<>|.!?(){},-_$]+\.)+(?:com|edu|net|org))",
-        r"(<?[A-Za-z0-9][^ \t\"<>|()\xa0{}]*@(?:[^ \t\"<>|(){}.\xa0]+\.)*[^ \t\"<>|(){}.\xa0]+>?)",
+        ("domain", rf"((?:[^{no_domain}]+\.)+(?:com|edu|net|org))"),
+        ("address", rf"(<?[A-Za-z0-9][^{no_address}]*@(?:[^{no_address}.]+\.)*[^{no_address}.]+>?)"),
         rf"(@[A-Za-z_][A-Za-z0-9_]*|#[{letter}]+)",
-        rf"({alnum}+(?:\.{alnum}+)*\.(?i:bmp|gif|html?|jpe?g|mov|mp3|pdf|png|txt|wav|zip))",
+        ("file", rf"({alnum}+(?:\.{alnum}+)*{extension})"),
         # words and numbers
         rf"({word})",
         rf"({thing})",
-        rf"({dotted_thing})",
+        ("dotted", rf"({dotted_thing})"),
         rf"({company})",
         r"([A-Za-z0-9]+(?:-[A-Za-z]+){0,2}(?:/[A-Za-z0-9]+(?:-[A-Za-z]+){0,2}){1,2})",
         r"((?i:c\+\+|[cf]#))",
@@ -267,8 +318,11 @@ def _ptb_rules() -> list[re.Pattern]:
         r"[0-9]{3,4}[- \xa0]?[0-9]{3,5})",
         r"([A-Z]+\$)",
         # signs
-        rf"(<(?:[!?][A-Za-z-][^>]*|{sgml_name}(?: +(?:{sgml_name}(?: *= *(?:'[^']*'|\"[^\"]*\"|{sgml_name}))?))* */?|"
-        rf"/{sgml_name} *)>)",
+        (
+            "tag",
+            rf"(<(?:[!?][A-Za-z-][^>]*|{sgml_name}"
+            rf"(?: +(?:{sgml_name}(?: *= *(?:'[^']*'|\"[^\"]*\"|{sgml_name}))?))* */?|/{sgml_name} *)>)",
+        ),
         r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])(?![A-Za-z0-9])",
         r"([-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\))",
         r"([`‘’‛‹›“”«»\x91-\x94]{2})",
@@ -277,17 +331,22 @@ def _ptb_rules() -> list[re.Pattern]:
         r"(\.{3,5}|(?:\.[ \xa0]){2,4}\.|-+|''|``|<<|>>|[!?]+|_+|#+|\*+)",
         rf"([!-/:-@\[-`{{-~¡-¿×÷{_character_class('S', 'P', 'No')}])",
     ]
-    return [re.compile(rule) for rule in rules]
+    named = [(None, rule) if isinstance(rule, str) else rule for rule in rules]
+    return (
+        [(re.compile(rule), gate) for gate, rule in named],
+        {name: (re.compile(required), re.compile(stop)) for name, (required, stop) in gates.items()},
+    )
 
 
-_PTB_WORD = re.compile(r"\s*([A-Za-z][A-Za-z0-9]*)(?=,?(?:\s|$))")
+_SPACE = re.compile(r"\s*")
+_PTB_WORD = re.compile(r"([A-Za-z][A-Za-z0-9]*)(?=,?(?:\s|$))")
 _PTB_PLAIN = re.compile(r"(?:[A-Za-z]+(?:-[A-Za-z]+)*,? +)*([A-Za-z]+)(?:-[A-Za-z]+)* *\.?")
 
 
 def ptb(text: str) -> list[str]:
-    """Cuts a caption into the words coco-caption scores: its PTB tokeniser in lower case, minus its punctuation list.
+    """Split a caption into the words that coco-caption scores: its PTB tokeniser, lower-cased, without punctuation.
 
-    What differs from the Java original is written in `docs/evaluation.md`.
+    `docs/evaluation.md` lists the differences from the Java original.
     """
     text = text.strip()
     plain = _PTB_PLAIN.fullmatch(text)
@@ -300,7 +359,7 @@ _CLITIC = re.compile(r"(n?)(?:['’\x92]|&apos;)([msdt]|re|ve|ll)", re.IGNORECAS
 
 
 def _spell(token: str) -> str:
-    """A token of several characters as the original writes it: a space inside is a no-break space, a face has -rrb-."""
+    """Write a token as the original does: a space inside it is a no-break space, a parenthesis in a face -rrb-."""
     if token[0] in "`‘’‛‹›\x91\x92“”«»\x93\x94" and len(token) == 2:
         return "".join(_PTB_QUOTES.get(sign, sign) for sign in token).lower()
     if clitic := _CLITIC.fullmatch(token):
@@ -310,22 +369,41 @@ def _spell(token: str) -> str:
     return token.replace(" ", "\xa0").replace("&amp;", "&").lower()
 
 
+def _opener(text: str, required: re.Pattern, stop: re.Pattern) -> Callable[[int], bool]:
+    """Return a function of rising positions: whether `required` follows, before `stop`. It scans `text` once."""
+    next_required = next_stop = -1
+
+    def is_open(at: int) -> bool:
+        nonlocal next_required, next_stop
+        if next_required <= at:
+            match = required.search(text, at + 1)
+            next_required = match.start() if match else len(text) + 1
+        if next_stop <= at:
+            match = stop.search(text, at + 1)
+            next_stop = match.start() if match else len(text)
+        return next_required <= next_stop
+
+    return is_open
+
+
 def _ptb_tokens(text: str) -> Iterator[str]:
-    at = 0
-    while at < len(text):
+    rules, gates = _ptb_rules()
+    is_open = {name: _opener(text, *gate) for name, gate in gates.items()}
+    token_end = 0
+    while (at := _SPACE.match(text, token_end).end()) < len(text):
         if (word := _PTB_WORD.match(text, at)) and word[1].lower() not in _JOINED_WORDS:
-            at = word.end()
+            token_end = word.end()
             yield word[1].lower()
             continue
-        token, token_end, longest = "", at + 1, at  # a character that no rule knows is left out
-        for rule in _ptb_rules():
-            match = rule.match(text, at)
+        token, token_end, longest = "", at + 1, at  # a character that no rule matches is dropped
+        for rule, gate in rules:
+            match = rule.match(text, at) if gate is None or is_open[gate](at) else None
             if match and match.end() > longest:
                 longest = match.end()
                 token, token_end = match[match.lastindex], match.end(match.lastindex)
-        at = token_end
         if token:
             yield _PTB_SYMBOLS.get(token) or _spell(token)
 
 
-TOKENIZERS: dict[str, Callable[[str], list[str]]] = {"treebank": treebank, "words": words, "ptb": ptb}
+TOKENIZERS: dict[str, Callable[[str], list[str]]]
+TOKENIZERS = {"unicode": unicode, "treebank": treebank, "ptb": ptb, "words": words}
