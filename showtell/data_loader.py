@@ -457,7 +457,7 @@ def _vocabulary(
     captions: CaptionSet, threshold: int | None, path: str | PathLike | None, from_file: bool
 ) -> Vocabulary:
     if not from_file:
-        vocab = Vocabulary.build(captions.all_captions(), 5 if threshold is None else threshold)
+        vocab = Vocabulary.build(captions.all_captions(), 5 if threshold is None else threshold, "treebank")
         if path is not None:
             vocab.save(path)
         return vocab

@@ -1,6 +1,6 @@
-"""Words to ids and back: built from the training captions, saved as plain lists, read without executing anything.
+"""The vocabulary: words to ids and back, stored as plain lists that are read without executing anything.
 
-`<start>` = 0, `<end>` = 1, `<unk>` = 2, then the words in the order in which the captions first use them.
+`<start>` = 0, `<end>` = 1, `<unk>` = 2, then the words in the order in which the training captions first use them.
 """
 
 from __future__ import annotations
@@ -15,66 +15,68 @@ from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from showtell.errors import MissingFileError, UserError
-from showtell.files import atomic_path
-from showtell.tokenizer import TOKENIZERS
+from showtell.errors import UserError
+from showtell.files import atomic_path, require_regular_file
+from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 
 START, END, UNK = "<start>", "<end>", "<unk>"
-_SPECIALS = frozenset({START, END, UNK, "<pad>"})  # "<pad>" only in vocabularies from elsewhere
+_SPECIALS = frozenset({START, END, UNK, "<pad>"})  # "<pad>" occurs only in vocabularies of other projects
 _FORMAT = "showtell-vocabulary"
+_BUILD = "build one with Vocabulary.build(captions).save(…)"
 
 
 class Vocabulary:
-    """The words a captioner can say.
+    """The words that a model can generate.
 
     Attributes:
         word2idx: word -> id.
         idx2word: id -> word.
-        threshold: how often a word had to occur to be kept; `None` where that is not known.
-        tokenizer: name of the function of `showtell.tokenizer` that splits captions into these words.
+        threshold: the number of occurrences a word needed to be kept; None if unknown.
+        tokenizer: the name in `TOKENIZERS` of the tokeniser that splits captions into these words.
         start_word: `<start>`, whose id is `start_id`; likewise `end_word` and `unk_word`.
     """
 
     start_word, end_word, unk_word = START, END, UNK
 
     def __init__(
-        self, words: Sequence[str] = (START, END, UNK), threshold: int | None = None, tokenizer: str = "treebank"
+        self, words: Sequence[str] = (START, END, UNK), threshold: int | None = None, tokenizer: str = DEFAULT_TOKENIZER
     ) -> None:
-        """Makes a vocabulary of exactly `words`, whose ids are their positions.
+        """Create a vocabulary of exactly `words`, whose ids are their positions.
 
         Raises:
-            UserError: a word stands twice, one of `<start>`, `<end>`, `<unk>` is missing, or no such tokeniser exists.
+            UserError: a word occurs twice, `<start>`, `<end>` or `<unk>` is missing, or the tokeniser is unknown.
         """
         if tokenizer not in TOKENIZERS:
             raise UserError(f"no tokeniser is called {tokenizer!r}; choose one of {', '.join(sorted(TOKENIZERS))}")
         self.word2idx: dict[str, int] = {}
         for word in words:
             if word in self.word2idx:
-                raise UserError(f"the word {word!r} stands twice in the vocabulary; each word needs one id")
+                raise UserError(f"the word {word!r} occurs twice in the vocabulary; give each word once")
             self.word2idx[word] = len(self.word2idx)
         self.idx2word: dict[int, str] = {i: word for word, i in self.word2idx.items()}
         missing = [word for word in (START, END, UNK) if word not in self.word2idx]
         if missing:
-            raise UserError(f"the vocabulary has no {', '.join(missing)}; it needs {START}, {END} and {UNK}")
+            raise UserError(f"the vocabulary has no {', '.join(missing)}; include {START}, {END} and {UNK}")
         self.start_id, self.end_id, self.unk_id = (self.word2idx[word] for word in (START, END, UNK))
         self.threshold = threshold
         self.tokenizer = tokenizer
 
     @classmethod
     def build(
-        cls, captions: Iterable[str], threshold: int = 5, tokenizer: str = "treebank", progress: bool = False
+        cls, captions: Iterable[str], threshold: int = 5, tokenizer: str = DEFAULT_TOKENIZER, progress: bool = False
     ) -> Vocabulary:
-        """Keeps every word that the captions use at least `threshold` times.
+        """Create a vocabulary of the words that occur at least `threshold` times in `captions`.
 
         Args:
-            captions: the training captions, and no others: validation words would leak.
-            threshold: the least number of occurrences.
-            tokenizer: `"treebank"` (the ancestors' `word_tokenize`, punctuation kept), `"words"` (lower-case words and
-                numbers only) or `"ptb"` (the metrics' tokeniser).
-            progress: whether to show a progress bar.
+            captions: the training captions only; words of the validation captions would leak.
+            threshold: the minimum number of occurrences.
+            tokenizer: a name in `TOKENIZERS`: `"unicode"` (words of any script, no punctuation), `"treebank"` (NLTK's
+                `word_tokenize`, as in the Udacity course; punctuation kept), `"ptb"` (the tokeniser of the metrics)
+                or `"words"` (a-z, 0-9 and ' only; for older models).
+            progress: show a progress bar.
         """
         if threshold < 1:
-            raise UserError(f"the vocabulary threshold is {threshold}; give a whole number from 1 up")
+            raise UserError(f"the vocabulary threshold is {threshold}; give a whole number of at least 1")
         vocab = cls(threshold=threshold, tokenizer=tokenizer)
         if progress:
             from tqdm import tqdm
@@ -89,15 +91,44 @@ class Vocabulary:
                 vocab.add_word(word)
         return vocab
 
+    def concerns(self, captions: Iterable[str]) -> list[str]:
+        """Describe what is wrong with this vocabulary for training on `captions`, in sentences to print first.
+
+        One sentence for captions without words; one if the vocabulary has fewer than ten words, if more than 10 % of
+        the captions' words are `<unk>` (Flickr8k: 2.5 %), or if a caption is about one word, as Chinese without spaces.
+        """
+        n_captions = n_words = n_unknown = 0
+        wordless: list[str] = []
+        for caption in captions:
+            ids = self.encode(caption)[1:-1]
+            n_captions, n_words, n_unknown = n_captions + 1, n_words + len(ids), n_unknown + ids.count(self.unk_id)
+            if not ids:
+                wordless.append(caption)
+        found = []
+        if wordless:
+            found.append(
+                f"{len(wordless):,} of {n_captions:,} captions have no words for the tokeniser {self.tokenizer!r} (the "
+                f"first is {wordless[0][:60]!r}); remove or correct them, or choose another tokeniser"
+            )
+        size = len(self.word2idx.keys() - _SPECIALS)
+        mean = n_words / max(1, n_captions - len(wordless))
+        if n_words and (size < 10 or n_unknown > 0.1 * n_words or mean < 2):
+            found.append(
+                f"the vocabulary (threshold {self.threshold}) has {size:,} words for {n_captions:,} captions with "
+                f"{mean:.1f} words on average, and {n_unknown / n_words:.0%} of these are <unk>; add captions or lower "
+                "the threshold; in a language without spaces between words (Chinese, Japanese, Thai), insert spaces"
+            )
+        return found
+
     def add_word(self, word: str) -> int:
-        """Gives `word` the next id, unless it has one; returns its id."""
+        """Return the id of `word`, adding the word if it is new."""
         if word not in self.word2idx:
             self.word2idx[word] = len(self.word2idx)
             self.idx2word[self.word2idx[word]] = word
         return self.word2idx[word]
 
     def __call__(self, word: str) -> int:
-        """Returns the id of `word`, or that of `<unk>`."""
+        """Return the id of `word`, or that of `<unk>`."""
         return self.word2idx.get(word, self.unk_id)
 
     def __len__(self) -> int:
@@ -115,16 +146,16 @@ class Vocabulary:
         return f"Vocabulary({len(self)} words, threshold={self.threshold}, tokenizer={self.tokenizer!r})"
 
     def tokenize(self, caption: str) -> list[str]:
-        """Splits a caption into words, known or not."""
+        """Split a caption into words, known or not."""
         return TOKENIZERS[self.tokenizer](caption)
 
     def encode(self, caption: str) -> list[int]:
-        """Returns `[<start>, word ids…, <end>]`; a caption that itself says `<end>` says an unknown word."""
+        """Return `[<start>, word ids…, <end>]`; special words inside the caption's text become `<unk>`."""
         words = ("" if word in _SPECIALS else word for word in self.tokenize(caption))
         return [self.start_id, *map(self, words), self.end_id]
 
     def words(self, ids: Iterable[int]) -> list[str]:
-        """Returns the words up to the first `<end>`, without the special ones."""
+        """Return the words up to the first `<end>`, without the special ones."""
         words = []
         for i in map(int, ids):
             if i == self.end_id:
@@ -136,52 +167,45 @@ class Vocabulary:
         return words
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns a caption for people: up to `<end>`, no special words, punctuation attached, a capital first."""
+        """Return the ids up to `<end>` as a sentence: special words removed, punctuation attached, capitalised."""
         return join_words(self.words(ids))
 
     def to_dict(self) -> dict:
-        """Returns the vocabulary as plain lists and strings, for a checkpoint's header or `vocab.pkl`."""
+        """Return the vocabulary as plain lists and strings, for a checkpoint's header or `vocab.pkl`."""
         return {"words": list(self.word2idx), "threshold": self.threshold, "tokenizer": self.tokenizer}
 
     @classmethod
     def from_dict(cls, plain: dict) -> Vocabulary:
-        """The inverse of `to_dict`."""
+        """Create a vocabulary from what `to_dict` returned."""
         return cls(plain["words"], plain["threshold"], plain["tokenizer"])
 
     def save(self, path: str | PathLike) -> None:
-        """Writes a pickle of plain lists and strings that names no class; whole or not at all."""
+        """Write a pickle of plain lists and strings that names no class, atomically."""
         with atomic_path(path) as temporary:
             temporary.write_bytes(pickle.dumps({"format": _FORMAT, "version": 1, **self.to_dict()}, protocol=4))
 
     @classmethod
     def load(cls, path: str | PathLike, threshold: int | None = None) -> Vocabulary:
-        """Reads a vocabulary of this project, or a pickled `Vocabulary` object of one of its ancestors, safely.
+        """Read a file of `save`, or another captioning repository's pickled `Vocabulary` object, without running code.
 
         Args:
             path: the file.
-            threshold: the threshold the caller believes the file was made with; a disagreement is warned about.
+            threshold: the threshold the file is expected to have; warn if it has another.
 
         Raises:
             MissingFileError: there is no such file.
-            UserError: the file is damaged, is no vocabulary, or names something other than a `Vocabulary` class, in
-                which case nothing of it is executed.
+            UserError: the file is damaged, is not a vocabulary, or names anything but a `Vocabulary` class.
         """
         path = Path(path)
-        if not path.is_file():
-            raise MissingFileError(
-                f"there is no vocabulary at {path}; build one with Vocabulary.build(captions).save(…)"
-            )
+        require_regular_file(path, "vocabulary", _BUILD)
         try:
             content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
         except _Refused as refused:
             raise UserError(
-                f"{path} is not a plain vocabulary: it names {refused}, and nothing of it was run; build one with "
-                "Vocabulary.build(captions).save(…)"
+                f"{path} is not a plain vocabulary: it names {refused}, and none of it was executed; {_BUILD}"
             ) from None
         except Exception as error:  # a damaged pickle can fail in any way; nothing was executed
-            raise UserError(
-                f"{path} is damaged or no pickle ({type(error).__name__}); a vocabulary file is expected"
-            ) from error
+            raise UserError(f"{path} is damaged or not a pickle ({type(error).__name__}); {_BUILD}") from error
         vocab = cls._from_pickle(content, path)
         if threshold is not None and vocab.threshold is not None and threshold != vocab.threshold:
             warnings.warn(
@@ -195,67 +219,65 @@ class Vocabulary:
     def _from_pickle(cls, content: object, path: Path) -> Vocabulary:
         if isinstance(content, dict) and content.get("format") == _FORMAT:
             if content.get("version") != 1:
-                raise UserError(f"{path} has another format version than 1; read it with a newer showtell")
+                raise UserError(f"{path} has a format version other than 1; read it with a newer showtell")
             words, threshold, tokenizer = (content.get(key) for key in ("words", "threshold", "tokenizer"))
         else:
             attributes = vars(content) if isinstance(content, _Attributes) else content
             word2idx = attributes.get("word2idx") if isinstance(attributes, dict) else None
             if not isinstance(word2idx, dict) or not all(isinstance(i, int) for i in word2idx.values()):
-                raise UserError(f"{path} holds no vocabulary; an object or dict with word2idx is expected")
+                raise UserError(f"{path} is not a vocabulary; it needs an object or a dict with word2idx")
             words = sorted(word2idx, key=word2idx.__getitem__)
             if [word2idx[word] for word in words] != list(range(len(words))):
                 raise UserError(f"the ids in {path} do not run from 0 to {len(words) - 1}; the file is damaged")
             threshold, tokenizer = attributes.get("vocab_threshold"), "treebank"
         if not isinstance(words, list) or not all(isinstance(word, str) for word in [*words, tokenizer]):
-            raise UserError(f"{path} holds something other than words; it is damaged or no vocabulary")
+            raise UserError(f"{path} holds words that are not text; it is damaged or not a vocabulary")
         try:
             return cls(words, threshold if isinstance(threshold, int) else None, tokenizer)
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from None
 
 
-# A person's spelling of a list of words: what attaches to the left, and what to the right.
+# The spaces to remove from words joined by spaces: before what attaches to the left, after what attaches to the right.
 _ATTACH_LEFT = re.compile(r" (?=(?:[.,!?;:%)\]}]+(?: |$)|'(?:s|m|d|ll|re|ve)?(?: |$)|n't\b|''))")
 _ATTACH_RIGHT = re.compile(r"(?<=[(\[{$#]) |(?<=``) ")
 
 
 def join_words(words: Sequence[str]) -> str:
-    """Joins words into a caption: no space before punctuation, quotes as typed, a capital first."""
+    """Join words into a sentence: no space before punctuation, quotation marks as typed, capitalised."""
     return "".join(spell_words(words))
 
 
 def spell_words(words: Sequence[str]) -> list[str]:
-    """Spells each word as it stands in `join_words`, the space before it included: one piece a word."""
+    """Spell each word as in `join_words`, including the space before it: one piece per word."""
     text = " ".join(words)
-    cut = {match.start() for pattern in (_ATTACH_LEFT, _ATTACH_RIGHT) for match in pattern.finditer(text)}
-    pieces, at = [], 0
-    for i, word in enumerate(words):
-        spelling = '"' if word in ("``", "''") else word.replace("``", '"').replace("''", '"')
-        pieces.append(spelling if i == 0 or at - 1 in cut else f" {spelling}")
-        at += len(word) + 1
-    if pieces:
-        pieces[0] = pieces[0][:1].upper() + pieces[0][1:]
-    return pieces
+    attached = {match.start() for pattern in (_ATTACH_LEFT, _ATTACH_RIGHT) for match in pattern.finditer(text)}
+    pieces, end = [], -1  # of the previous word in `text`
+    for word in words:
+        piece = word.replace("``", '"').replace("''", '"')
+        pieces.append(piece if end in attached or not pieces else f" {piece}")
+        end += 1 + len(word)
+    return [piece[:1].upper() + piece[1:] if i == 0 else piece for i, piece in enumerate(pieces)]
 
 
 class _Attributes:
-    """Stands in for an ancestor's `Vocabulary` object: holds its attributes, runs none of its code."""
+    """Stand in for another repository's `Vocabulary` object: hold its attributes, run none of its code."""
 
     def __init__(self, *_: object) -> None:
         pass
 
 
 class _Refused(Exception):
-    """A name that a vocabulary has no business with."""
+    """A name in a pickle that a vocabulary does not need."""
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """Reads plain values and attribute holders; refuses every other name, before anything is called.
+    """Read plain values and attribute holders; refuse every other name before anything is called.
 
-    Python's own unpickler rather than the one in C, which allocates gigabytes for one damaged byte in a memo's index.
+    Python's own unpickler, because the one in C allocates gigabytes for one damaged byte in a memo's index.
     """
 
-    # A byte array's memory is filled before its bytes are read, however many are announced; no vocabulary has one.
+    # BYTEARRAY8 allocates the announced size before it reads; a vocabulary contains no byte array.
     dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> object:
@@ -270,5 +292,5 @@ class _PlainUnpickler(pickle._Unpickler):
 
     @functools.cached_property
     def _kind(self) -> type[_Attributes]:
-        """A class for this file alone: a pickle can set attributes of a class, and the next file must not see them."""
+        """A class for this file only: a pickle can set a class's attributes, which the next file must not see."""
         return type("Vocabulary", (_Attributes,), {})

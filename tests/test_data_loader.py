@@ -523,7 +523,7 @@ def checkouts_vocabulary() -> bytes | None:
 def test_a_new_vocabulary_is_written_only_to_a_path_that_was_asked_for(scenes, elsewhere):
     before = checkouts_vocabulary()
     loader = get_loader(TINY, dataset=scenes, vocab_threshold=2, vocab_from_file=False)
-    assert loader.dataset.vocab == Vocabulary.build(scenes.all_captions(), 2)
+    assert loader.dataset.vocab == Vocabulary.build(scenes.all_captions(), 2, "treebank")
     assert list(elsewhere.iterdir()) == []
     assert checkouts_vocabulary() == before
     loader = get_loader(TINY, dataset=scenes, vocab_threshold=3, vocab_file="./vocab.pkl", vocab_from_file=False)
@@ -537,7 +537,7 @@ def test_the_threshold_is_five_when_left_out(scenes, elsewhere):
 
 
 def test_a_vocabulary_is_read_and_its_threshold_compared(scenes, elsewhere):
-    built = Vocabulary.build(scenes.all_captions(), 2)
+    built = Vocabulary.build(scenes.all_captions(), 2, "treebank")
     built.save("vocab.pkl")
     written = (elsewhere / "vocab.pkl").read_bytes()
     assert default_vocab_file() == Path("vocab.pkl")
