@@ -1,9 +1,9 @@
-"""How long 5,000 images with 5 references each take to score: ours beside the reference implementation's.
+"""Time the tokenisers and the scoring of 5,000 images with 5 references each, beside the reference implementation.
 
-    python benchmarks/scoring.py [--captions FILE]      the reference needs pycocoevalcap and a Java
+    python benchmarks/scoring.py [--captions FILE]      the reference needs pycocoevalcap and Java
 
-Without a file the captions are the synthetic set's, which are more alike than people's. An image's candidate is a
-caption of the next image.
+Without a file the captions are those of the synthetic set, which are more alike than human captions. The candidate of
+an image is a caption of the next image.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from collections.abc import Callable
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # one core, before numpy is loaded
     os.environ.setdefault(threads, "1")
 
-from showtell import java_metrics, metrics, scoring  # noqa: E402
-from showtell.tokenizer import ptb, treebank  # noqa: E402
+from showtell import java_metrics, metrics  # noqa: E402
+from showtell.annotations import read_captions  # noqa: E402
+from showtell.tokenizer import TOKENIZERS, ptb  # noqa: E402
 
 N_IMAGES = 5000
 
 
 def captions(path: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Five references for each of 5,000 images, and as its candidate a caption of another image."""
+    """Return five references for each of 5,000 images, and as its candidate a caption of another image."""
     if path:
-        groups = [group[:5] for group in scoring.read_captions(path).values() if len(group) >= 5]
+        groups = [group[:5] for group in read_captions(path).values() if len(group) >= 5]
         if len(groups) < N_IMAGES:
             sys.exit(f"{path} has {len(groups)} images with five captions; {N_IMAGES} are needed")
     else:
@@ -61,7 +62,8 @@ def ours(references: dict[str, list[str]], candidates: dict[str, str]) -> dict[s
         "CIDEr-D": seconds(lambda: metrics.cider_d(true, written)),
         "all four at once": seconds(lambda: metrics.score(references, candidates)),
         "1,000 bootstrap resamples": seconds(lambda: metrics.bootstrap(scores, 1000)),
-        "treebank tokeniser": seconds(lambda: [treebank(text) for text in texts]),
+    } | {
+        f"{name} tokeniser": seconds(lambda cut=cut: [cut(text) for text in texts]) for name, cut in TOKENIZERS.items()
     }
 
 

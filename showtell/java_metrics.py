@@ -1,6 +1,6 @@
-"""METEOR 1.5 and SPICE through the jars of pycocoevalcap, for those who have a Java; everything else needs neither.
+"""METEOR 1.5 and SPICE, computed by the jars of pycocoevalcap; optional, as they need Java.
 
-`pip install "showtell[java]"` brings the jars, `apt install default-jre-headless` (or any Java from 8 on) the machine.
+`pip install "showtell[java]"` installs the jars, `apt install default-jre-headless` (or any Java from 8 on) runs them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SPICE_MODELS = ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.ja
 
 
 class JavaMetricError(UserError):
-    """A metric that runs in Java cannot run here; the message says what is missing and how to get it."""
+    """A Java metric cannot run on this machine; the message says what is missing and how to install it."""
 
 
 def _java() -> str:
@@ -43,7 +43,7 @@ def _package() -> Path:
 
 
 def missing() -> str | None:
-    """What METEOR lacks on this machine and how to get it, in words, or None if it can run."""
+    """Return what METEOR lacks on this machine and how to install it, or None if it can run."""
     try:
         _java()
         jar = _package() / "meteor" / "meteor-1.5.jar"
@@ -55,16 +55,16 @@ def missing() -> str | None:
 
 
 def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates: Sequence[Sequence[str]]) -> np.ndarray:
-    """METEOR 1.5's counts for each image, `(N, 23)`, against the reference that scores best.
+    """Compute METEOR 1.5's counts for each image, `(N, 23)`, against the reference with the highest score.
 
-    The jar makes the alignments (exact, stem, synonym, paraphrase); `meteor_from_statistics` makes scores of them.
+    The jar aligns the words (exact, stem, synonym, paraphrase); `meteor_from_statistics` turns the counts into scores.
 
     Args:
         references: the tokens of each image's references.
         candidates: the tokens of each image's candidate.
 
     Raises:
-        JavaMetricError: Java or the jar is missing, or the jar failed.
+        JavaMetricError: Java or the jar is missing, or the jar fails.
     """
     if reason := missing():
         raise JavaMetricError(reason)
@@ -76,10 +76,10 @@ def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates:
         " ||| ".join(["SCORE", *map(line, group), line(candidate)])
         for group, candidate in zip(references, candidates, strict=True)
     ]
-    # English and UTF-8 whatever the machine's locale: elsewhere the jar would print 0,5 and misread an accent.
+    # English and UTF-8 in every locale; in others the jar prints 0,5 and misreads accents.
     command = [_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-jar", "meteor-1.5.jar"]
     answer = subprocess.run(
-        # The paraphrases by name: by itself the jar does not find them in a folder with a space in its name.
+        # Name the paraphrase file: the jar does not find it by itself in a folder with a space in its name.
         [*command, "-", "-", "-stdio", "-l", "en", "-norm", "-a", "data/paraphrase-en.gz"],
         cwd=_package() / "meteor",
         input="".join(f"{line}\n" for line in lines),
@@ -93,16 +93,16 @@ def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates:
     except ValueError:
         detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
         raise JavaMetricError(f"METEOR's jar failed ({detail}); check that `java -version` works") from None
-    # METEOR does not punish the one chunk of a candidate that equals its reference, and sums counts over images so.
+    # METEOR does not penalise the single chunk of a candidate that equals its reference, in sums over images either.
     whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
     statistics[whole, 20] = 0
     return statistics
 
 
 def meteor_from_statistics(statistics: np.ndarray) -> np.ndarray:
-    """METEOR from counts, `(..., 23) -> (...)`; of summed counts, the score of a corpus.
+    """Compute METEOR from counts, `(..., 23) -> (...)`; from the sum of counts, that of a corpus.
 
-    Denkowski and Lavie 2014 with the English weights: matches weighed 1 (exact), 0.6 (stem), 0.8 (synonym) and 0.6
+    Denkowski and Lavie 2014 with the English parameters: match weights 1 (exact), 0.6 (stem), 0.8 (synonym) and 0.6
     (paraphrase), content words 0.75 and function words 0.25, alpha 0.85, beta 0.2, gamma 0.6.
     """
     statistics = np.asarray(statistics, dtype=float)
@@ -125,12 +125,12 @@ def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def spice_values(
     references: Sequence[Sequence[str]], candidates: Sequence[str], announce: Callable[[str], None]
 ) -> np.ndarray:
-    """SPICE's F-score for each image, `(N,)`, from raw captions (Anderson et al. 2016).
+    """Compute SPICE's F-score for each image, `(N,)`, from captions as text (Anderson et al. 2016).
 
-    Its parser is a file of about 0.4 GB that pycocoevalcap fetches on first use; `announce` is told before.
+    The first use downloads its parser, about 0.4 GB; `announce` is called with a message before.
 
     Raises:
-        JavaMetricError: Java or the jars are missing, the file cannot be fetched, or the jar failed.
+        JavaMetricError: Java or the jars are missing, the download fails, or the jar fails.
     """
     java, folder = _java(), _package() / "spice"
     if not all((folder / "lib" / name).is_file() for name in _SPICE_MODELS):
@@ -139,9 +139,9 @@ def spice_values(
             from pycocoevalcap.spice.get_stanford_models import get_stanford_models
 
             get_stanford_models()
-        except Exception as error:  # a network has many ways to fail
+        except Exception as error:  # a download can fail in many ways
             raise JavaMetricError(
-                f"Stanford CoreNLP could not be fetched ({error}); run again with a network, or leave --spice out"
+                f"Stanford CoreNLP could not be fetched ({error}); check the network, or omit --spice"
             ) from error
     with tempfile.TemporaryDirectory() as temporary:
         source, target = Path(temporary, "captions.json"), Path(temporary, "scores.json")
@@ -154,7 +154,7 @@ def spice_values(
         answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if answer.returncode or not target.is_file():
             detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-            raise JavaMetricError(f"SPICE's jar failed ({detail}); it is known to run on Java 8 and 11 with 8 GB")
+            raise JavaMetricError(f"SPICE's jar failed ({detail}); use Java 8 or 11 and 8 GB of memory")
         results = json.loads(target.read_text(encoding="utf-8"))
     values = np.zeros(len(items))
     for item in results:

@@ -1,41 +1,75 @@
-"""Caption scores equal to coco-caption's without Java: BLEU-1..4, ROUGE-L, CIDEr-D, with intervals and comparisons.
+"""Caption metrics: BLEU-1..4, ROUGE-L and CIDEr-D as coco-caption computes them, without Java; intervals and tests.
 
     scores = score({"139": ["a dog runs", "a brown dog"]}, {"139": "a dog runs fast"})
     scores["CIDEr"], scores.per_image["ROUGE_L"], bootstrap(scores)["Bleu_4"]
 
-Values run from 0 to 1 (CIDEr 0 to 10) as the reference implementation gives them; tables for people multiply by 100.
-Sequences of captions go in raw (`score`, `health`) or as tokens (`bleu`, `rouge_l`, `cider_d`).
+Values are from 0 to 1 (CIDEr 0 to 10), as in the reference implementation; printed tables are multiplied by 100.
+`score` and `health` take captions as text; `bleu`, `rouge_l` and `cider_d` take them as tokens.
 """
 
 from __future__ import annotations
 
-import gzip
+import functools
 import itertools
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from showtell.errors import MissingFileError, UserError
-from showtell.files import atomic_path
+from showtell.errors import UserError
+from showtell.java_metrics import meteor_from_statistics
 from showtell.ngrams import NgramCounts, Tokens, longest_common_subsequence
 from showtell.tokenizer import TOKENIZERS
 
-LABELS = {
-    "Bleu_1": "BLEU-1", "Bleu_2": "BLEU-2", "Bleu_3": "BLEU-3", "Bleu_4": "BLEU-4",
-    "METEOR": "METEOR", "ROUGE_L": "ROUGE-L", "CIDEr": "CIDEr-D", "SPICE": "SPICE",
-}  # fmt: skip
-METRICS = tuple(LABELS)
 
-# ---- the metrics; each first makes one row of numbers per image, whose sums over images give the corpus score ----
+@dataclass
+class Corpus:
+    """Tokenised captions, as a metric gets them: a list of references and one candidate for each image.
+
+    `frequencies` are CIDEr-D's document frequencies, if not those of the references; `counts` are the n-grams.
+    """
+
+    references: Sequence[Sequence[Tokens]]
+    candidates: Sequence[Tokens]
+    frequencies: DocumentFrequencies | None = None
+
+    @functools.cached_property
+    def counts(self) -> NgramCounts:
+        return NgramCounts(self.references, self.candidates)
 
 
-def _bleu_rows(counts: NgramCounts) -> np.ndarray:
+def _mean(sums: np.ndarray, n_images: int) -> np.ndarray:
+    """(..., 1) -> (...)."""
+    return sums[..., 0] / n_images
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of `METRICS`; a higher value is a better one.
+
+    Attributes:
+        label: the name in tables; or value name -> label, for a metric of several values.
+        rows: from a `Corpus`, the numbers of each image, (N,) or (N, K). None if they come from outside and reach the
+            scores through `Scores.add`, as those of METEOR and SPICE do.
+        values: from the sums of any number of rows, (..., K), and the number of images, the metric's values for them:
+            (...), or (..., number of labels). Bootstrap and paired tests use it too.
+    """
+
+    label: str | Mapping[str, str]
+    rows: Callable[[Corpus], np.ndarray] | None = None
+    values: Callable[[np.ndarray, int], np.ndarray] = _mean
+
+    def labels(self, key: str) -> Mapping[str, str]:
+        return {key: self.label} if isinstance(self.label, str) else self.label
+
+
+# ---- the metrics ----
+
+
+def _bleu_rows(corpus: Corpus) -> np.ndarray:
     """(N, 10): matches of order 1..4, n-grams of order 1..4, candidate length, closest reference length."""
+    counts = corpus.counts
     rows = np.zeros((counts.n_images, 10))
     lengths = counts.lengths[: counts.n_images]
     for k, order in enumerate(counts.orders):
@@ -52,8 +86,8 @@ def _bleu_rows(counts: NgramCounts) -> np.ndarray:
     return rows
 
 
-def _bleu_from_rows(rows: np.ndarray) -> np.ndarray:
-    """(..., 10) summed rows -> (..., 4) BLEU-1..4, with the small numbers the reference adds (1e-15 and 1e-9)."""
+def _bleu_values(rows: np.ndarray, n_images: int = 1) -> np.ndarray:
+    """(..., 10) summed rows -> (..., 4) BLEU-1..4, with the reference's small constants (1e-15 and 1e-9)."""
     precisions = (rows[..., :4] + 1e-15) / (rows[..., 4:8] + 1e-9)
     bleu = np.cumprod(precisions, axis=-1) ** (1 / np.arange(1, 5))
     ratio = (rows[..., 8:9] + 1e-15) / (rows[..., 9:10] + 1e-9)
@@ -61,39 +95,44 @@ def _bleu_from_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def bleu(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> tuple[np.ndarray, np.ndarray]:
-    """BLEU-1..4 of the corpus `(4,)` and of each image `(N, 4)`.
+    """Compute BLEU-1..4 of the corpus `(4,)` and of each image `(N, 4)`.
 
-    Papineni et al. 2002 as coco-caption computes it: clipped counts over the references, the closest reference length,
+    Papineni et al. 2002 as coco-caption computes it: counts clipped over the references, the closest reference length,
     no smoothing. The mean of the per-image scores is not the corpus score.
     """
-    rows = _bleu_rows(NgramCounts(references, candidates))
-    return _bleu_from_rows(rows.sum(axis=0)), _bleu_from_rows(rows)
+    rows = _bleu_rows(Corpus(references, candidates))
+    return _bleu_values(rows.sum(axis=0)), _bleu_values(rows)
 
 
-def rouge_l(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> tuple[float, np.ndarray]:
-    """ROUGE-L of the corpus, the mean, and of each image `(N,)`.
-
-    Lin 2004 as coco-caption computes it: beta 1.2, the best precision and the best recall over the references, which
-    need not come from the same one.
-    """
-    per_image = np.zeros(len(candidates))
-    for i, (candidate, group) in enumerate(zip(candidates, references, strict=True)):
-        candidate = candidate or [""]  # nothing counts as one empty word, as in the reference
+def _rouge_rows(corpus: Corpus) -> np.ndarray:
+    per_image = np.zeros(len(corpus.candidates))
+    for i, (candidate, group) in enumerate(zip(corpus.candidates, corpus.references, strict=True)):
+        candidate = candidate or [""]  # an empty caption counts as one empty word, as in the reference
         group = [reference or [""] for reference in group]
         common = longest_common_subsequence(candidate, group)
         precision = max(common) / len(candidate)
         recall = max(n / len(reference) for n, reference in zip(common, group, strict=True))
         if precision and recall:
             per_image[i] = (1 + 1.2**2) * precision * recall / (recall + 1.2**2 * precision)
+    return per_image
+
+
+def rouge_l(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> tuple[float, np.ndarray]:
+    """Compute ROUGE-L of the corpus, the mean, and of each image `(N,)`.
+
+    Lin 2004 as coco-caption computes it: beta 1.2, the best precision and the best recall over the references, which
+    may come from different references.
+    """
+    per_image = _rouge_rows(Corpus(references, candidates))
     return float(per_image.mean()), per_image
 
 
 @dataclass(frozen=True)
 class DocumentFrequencies:
-    """In the references of how many images each n-gram occurs: CIDEr-D's weights, from a corpus larger than a batch.
+    """The number of images whose references contain each n-gram: CIDEr-D's weights, from a corpus larger than a batch.
 
-    Self-critical training scores batches against the frequencies of the whole training set. An n-gram of one image
-    only weighs the same as an unknown one, so those are not kept.
+    Self-critical training scores batches with the frequencies of the whole training set. An n-gram of a single image
+    has the weight of an unknown one, so those are not kept.
     """
 
     counts: dict[str, int]
@@ -102,46 +141,22 @@ class DocumentFrequencies:
 
     @classmethod
     def build(cls, references: Iterable[Sequence[str]], tokenizer: str = "ptb") -> DocumentFrequencies:
-        """Counts the n-grams of `references`, a list of captions for each image."""
-        cut = _tokenizer(tokenizer)
-        groups = [[cut(caption) for caption in group] for group in references]
+        """Count the n-grams of `references`, a list of captions for each image."""
+        tokenize = _tokenizer(tokenizer)
+        # Tuples: the garbage collector ignores tuples of strings, and takes as long as the tokeniser for lists.
+        groups = [[tuple(tokenize(caption)) for caption in group] for group in references]
         corpus = NgramCounts(groups, [[]] * len(groups))
-        counts = {
-            text: int(documents)
-            for order in corpus.orders
-            for text, documents in zip(order.texts(corpus), order.documents, strict=False)
-            if documents > 1
-        }
+        counts = {}
+        for order in corpus.orders:
+            frequent = np.flatnonzero(order.documents > 1)
+            counts |= zip(order.texts(corpus, frequent), order.documents[frequent].tolist(), strict=True)
         return cls(counts, len(groups), tokenizer)
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the table as gzipped JSON."""
-        with atomic_path(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
-            json.dump({"n_images": self.n_images, "tokenizer": self.tokenizer, "counts": self.counts}, file)
 
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> DocumentFrequencies:
-        """Reads what `save` wrote.
-
-        Raises:
-            MissingFileError: there is no such file.
-            UserError: the file is not a table of document frequencies.
-        """
-        if not Path(path).is_file():
-            raise MissingFileError(f"there is no document frequency table {path}; write one with save()")
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as file:
-                table = json.load(file)
-            return cls(table["counts"], table["n_images"], table["tokenizer"])
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path} is not a table written by DocumentFrequencies.save ({error}); build it again"
-            ) from error
-
-
-def _cider_per_image(counts: NgramCounts, frequencies: DocumentFrequencies | None = None) -> np.ndarray:
+def _cider_rows(corpus: Corpus) -> np.ndarray:
+    counts, frequencies = corpus.counts, corpus.frequencies
     n_images, image = counts.n_images, counts.image
-    # The reference measures lengths in bigrams, which matters for empty captions alone.
+    # The reference measures lengths in bigrams, which differs for empty captions only.
     bigrams = np.maximum(counts.lengths - 1, 0)
     penalty = np.exp(-((bigrams[image] - bigrams) ** 2) / (2 * 6.0**2))[n_images:]
     similarity = np.zeros(len(image) - n_images)
@@ -168,25 +183,43 @@ def cider_d(
     candidates: Sequence[Tokens],
     frequencies: DocumentFrequencies | None = None,
 ) -> tuple[float, np.ndarray]:
-    """CIDEr-D of the corpus, the mean, from 0 to 10, and of each image `(N,)`.
+    """Compute CIDEr-D of the corpus, the mean, from 0 to 10, and of each image `(N,)`.
 
     Vedantam et al. 2015 as coco-caption computes it under the name CIDEr: clipped counts, a Gaussian penalty on the
-    difference of lengths (sigma 6), times 10. Document frequencies come from the references given, unless
-    `frequencies` brings those of a larger corpus. With one image and no table every weight is log(1/1) = 0 and so is
-    the score.
+    difference of lengths (sigma 6), times 10. Document frequencies are those of the references, or `frequencies`,
+    whose `tokenizer` must also have made the tokens. For one image and no table every weight is log(1/1) = 0, and so
+    is the score.
     """
-    per_image = _cider_per_image(NgramCounts(references, candidates), frequencies)
+    per_image = _cider_rows(Corpus(references, candidates, frequencies))
     return float(per_image.mean()), per_image
 
 
-# ---- all of them together ----
+# ---- all metrics together ----
+
+METRICS: dict[str, Metric] = {
+    "Bleu": Metric({f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, _bleu_rows, _bleu_values),
+    "METEOR": Metric("METEOR", values=lambda sums, n_images: meteor_from_statistics(sums)),
+    "ROUGE_L": Metric("ROUGE-L", _rouge_rows),
+    "CIDEr": Metric("CIDEr-D", _cider_rows),
+    "SPICE": Metric("SPICE"),
+}
+
+
+def labels() -> dict[str, str]:
+    """Return the name of every value of the registered metrics, with its label in tables: `{"Bleu_1": "BLEU-1", …}`."""
+    return {name: label for key, metric in METRICS.items() for name, label in metric.labels(key).items()}
+
+
+def names() -> list[str]:
+    """Return the names of the values that `score` computes: all but those of Java's METEOR and SPICE."""
+    return [name for key, metric in METRICS.items() if metric.rows for name in metric.labels(key)]
 
 
 @dataclass
 class Scores:
     """The scores of one system: of the corpus, of each image, and the rows from which both are computed.
 
-    `corpus[name]` is None where a metric could not be computed; `notes` says why, in sentences.
+    `corpus[name]` is None if a value was not computed; `notes` are sentences on what to know about the scores.
     """
 
     ids: list[str]
@@ -205,21 +238,17 @@ class Scores:
         return len(self.ids)
 
     def add(self, metric: str, rows: np.ndarray) -> None:
-        """Adds METEOR's statistics `(N, 23)` or another metric's values `(N,)`, as `java_metrics` gives them."""
-        self.rows[metric] = np.asarray(rows, dtype=float).reshape(len(self.ids), -1)
-        self.corpus[metric] = float(_from_rows(metric, self.rows[metric].sum(axis=0), len(self.ids))[metric])
-        self.per_image[metric] = _from_rows(metric, self.rows[metric], 1)[metric]
+        """Add a registered metric from its numbers for each image, `(N,)` or `(N, K)`."""
+        self.rows[metric] = np.asarray(rows, dtype=float).reshape(self.n_images, -1)
+        self.per_image |= _values(metric, self.rows[metric], 1)
+        sums = self.rows[metric].sum(axis=0)
+        self.corpus |= {name: float(value) for name, value in _values(metric, sums, self.n_images).items()}
 
 
-def _from_rows(metric: str, sums: np.ndarray, n_images: int) -> dict[str, np.ndarray]:
-    """The scores of one set of images, or of many sets at once, from the sums of their rows."""
-    if metric == "Bleu":
-        return {f"Bleu_{k + 1}": _bleu_from_rows(sums)[..., k] for k in range(4)}
-    if metric == "METEOR":
-        from showtell.java_metrics import meteor_from_statistics
-
-        return {metric: meteor_from_statistics(sums)}
-    return {metric: sums[..., 0] / n_images}
+def _values(metric: str, sums: np.ndarray, n_images: int) -> dict[str, np.ndarray]:
+    """The values of one set of images, or of many sets at once, from the sums of their rows."""
+    values, labels = METRICS[metric].values(sums, n_images), METRICS[metric].labels(metric)
+    return dict(zip(labels, np.moveaxis(np.reshape(values, (*sums.shape[:-1], len(labels))), -1, 0), strict=True))
 
 
 def score(
@@ -229,16 +258,17 @@ def score(
     tokenizer: str = "ptb",
     frequencies: DocumentFrequencies | None = None,
 ) -> Scores:
-    """Scores one caption for each image against the image's references.
+    """Score one caption for each image against the image's references, with every metric that needs no Java.
 
     Args:
         references: the true captions of each image; images without a candidate are left out.
-        candidates: one caption for each image, raw text.
-        tokenizer: a name of `TOKENIZERS`; only "ptb" gives figures comparable with publications.
+        candidates: one caption for each image, as text.
+        tokenizer: a name in `TOKENIZERS`; only "ptb" gives scores comparable with publications.
         frequencies: CIDEr-D's document frequencies, if not those of the references.
 
     Raises:
-        UserError: no candidates, a candidate without references, a caption that is not text.
+        UserError: there are no candidates, a candidate has no references, a caption is not text, or `frequencies`
+            were counted with another tokeniser.
     """
     ids = list(candidates)
     if not ids:
@@ -257,49 +287,50 @@ def score(
                 f"image {image!r} has captions that are not text; give a string as candidate and a list of strings as "
                 "references"
             )
-    cut = _tokenizer(tokenizer)
-    words = [cut(candidates[image]) for image in ids]
-    true_words = [[cut(caption) for caption in references[image]] for image in ids]
-    counts = NgramCounts(true_words, words)
-    rows = {
-        "Bleu": _bleu_rows(counts),
-        "ROUGE_L": rouge_l(true_words, words)[1][:, None],
-        "CIDEr": _cider_per_image(counts, frequencies)[:, None],
-    }
-    corpus: dict[str, float | None] = dict.fromkeys(METRICS)
-    per_image = {}
-    for metric, values in rows.items():
-        corpus |= {name: float(value) for name, value in _from_rows(metric, values.sum(axis=0), len(ids)).items()}
-        per_image |= _from_rows(metric, values, 1)
-    scores = Scores(ids, corpus, per_image, tokenizer, int(counts.n_references.sum()), rows=rows)
+    tokenize = _tokenizer(tokenizer)
+    if frequencies is not None and frequencies.tokenizer != tokenizer:
+        raise UserError(
+            f"the document frequencies were counted with the tokeniser {frequencies.tokenizer!r}, not {tokenizer!r}; "
+            f"count them with DocumentFrequencies.build(references, {tokenizer!r}), or score with "
+            f"tokenizer={frequencies.tokenizer!r}"
+        )
+    corpus = Corpus(
+        [[tokenize(caption) for caption in references[image]] for image in ids],
+        [tokenize(candidates[image]) for image in ids],
+        frequencies,
+    )
+    n_references = sum(map(len, corpus.references))
+    scores = Scores(ids, dict.fromkeys(labels()), {}, tokenizer, n_references)
+    for name, metric in METRICS.items():
+        if metric.rows:
+            scores.add(name, metric.rows(corpus))
     if len(ids) == 1 and frequencies is None:
         scores.notes.append(
-            "CIDEr is 0 by its definition for a single image: every n-gram is in the references of all images."
+            "CIDEr is 0 by definition for a single image: every n-gram occurs in the references of all images."
         )
     if tokenizer != "ptb":
-        scores.notes.append(
-            f"Tokens by {tokenizer!r}: these figures do not compare with published ones, made with ptb."
-        )
+        scores.notes.append(f"Tokenised with {tokenizer!r}: not comparable with published scores, which use ptb.")
     return scores
 
 
 def _tokenizer(name: str) -> Callable[[str], list[str]]:
     if name not in TOKENIZERS:
-        raise UserError(f"there is no tokeniser {name!r}; choose one of {', '.join(TOKENIZERS)}")
+        raise UserError(f"no tokeniser is called {name!r}; choose one of {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]
 
 
-def perplexity(total_nll: float, n_tokens: int) -> float:
-    """Perplexity per word from the summed negative log-likelihood (in nats) of `n_tokens` words of a whole split.
+def perplexity(total_nll: float, n_tokens: int = 1) -> float:
+    """Compute the perplexity per word from the sum of the negative log-likelihoods (in nats) of `n_tokens` words.
 
-    Weighting by words, not by batches or captions, makes it independent of how the split was batched.
+    With one argument, from their mean. Weighting by words, not by batches or captions, makes the perplexity of a split
+    independent of the batches.
 
     Raises:
         UserError: there are no words.
     """
     if n_tokens < 1:
         raise UserError(f"perplexity needs at least one word, not {n_tokens}; check that the split has captions")
-    return math.exp(min(total_nll / n_tokens, 700.0))  # beyond, a float overflows
+    return math.exp(min(total_nll / n_tokens, 700.0))  # a larger exponent overflows
 
 
 # ---- confidence ----
@@ -308,17 +339,17 @@ def perplexity(total_nll: float, n_tokens: int) -> float:
 def bootstrap(
     scores: Scores, n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """The interval of every corpus score when the images are drawn again with replacement (percentile bootstrap).
+    """Compute the interval of every corpus score over resamples of the images with replacement (percentile bootstrap).
 
-    CIDEr's document frequencies stay those of the full set. Reproducible with `seed`.
+    CIDEr's document frequencies remain those of the full set. Reproducible with `seed`, which is at least 0.
     """
     resampled = _resampled_scores(scores.rows, _resamples(scores.n_images, n_resamples, seed))
-    return {name: _interval(resampled[name], confidence) for name in METRICS if name in resampled}
+    return {name: _interval(resampled[name], confidence) for name in labels() if name in resampled}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much the second system scores above the first, the interval, and the p-value of there being no difference."""
+    """The second system's score minus the first's, its interval, and the p-value of the null hypothesis of equality."""
 
     difference: float
     low: float
@@ -329,13 +360,13 @@ class Difference:
 def paired(
     first: Scores, second: Scores, n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Difference]:
-    """Compares two systems on the same images, metric by metric.
+    """Compare two systems on the same images, metric by metric.
 
-    The interval is the bootstrap's over images, both systems drawn together; the p-value (two-sided) is that of an
-    approximate randomisation test, which exchanges the two captions of an image at random (Riezler and Maxwell 2005).
+    The interval is a bootstrap over images, which resamples both systems together; the two-sided p-value is that of an
+    approximate randomisation test, which swaps the two captions of an image at random (Riezler and Maxwell 2005).
 
     Raises:
-        UserError: the two did not caption the same images.
+        UserError: the systems did not caption the same images.
     """
     if set(first.ids) != set(second.ids):
         raise UserError(
@@ -344,16 +375,16 @@ def paired(
         )
     where = {image: i for i, image in enumerate(second.ids)}
     order = [where[image] for image in first.ids]
-    metrics = [metric for metric in first.rows if metric in second.rows]
-    a = {metric: first.rows[metric] for metric in metrics}
-    b = {metric: second.rows[metric][order] for metric in metrics}
+    shared = [metric for metric in first.rows if metric in second.rows]
+    a = {metric: first.rows[metric] for metric in shared}
+    b = {metric: second.rows[metric][order] for metric in shared}
 
     weights = _resamples(len(order), n_resamples, seed)
     resampled_a, resampled_b = _resampled_scores(a, weights), _resampled_scores(b, weights)
-    exchanged = np.random.default_rng(seed + 1).integers(2, size=weights.shape, dtype=weights.dtype)
-    mixed_a, mixed_b = _resampled_scores(a, 1 - exchanged, b), _resampled_scores(b, 1 - exchanged, a)
+    swapped = np.random.default_rng(seed + 1).integers(2, size=weights.shape, dtype=weights.dtype)
+    mixed_a, mixed_b = _resampled_scores(a, 1 - swapped, b), _resampled_scores(b, 1 - swapped, a)
     differences = {}
-    for name in (name for name in METRICS if name in resampled_a):
+    for name in (name for name in labels() if name in resampled_a):
         difference = second.corpus[name] - first.corpus[name]
         by_chance = abs(mixed_b[name] - mixed_a[name]) >= abs(difference) - 1e-12
         p_value = (1 + int(by_chance.sum())) / (1 + n_resamples)
@@ -363,9 +394,9 @@ def paired(
 
 
 def _resamples(n_images: int, n_resamples: int, seed: int) -> np.ndarray:
-    """(resamples, images): how often each image was drawn."""
+    """(resamples, images): the number of times each image was drawn."""
     rng = np.random.default_rng(seed)
-    weights = np.empty((n_resamples, n_images), dtype=np.int8)  # an image drawn 128 times does not happen
+    weights = np.empty((n_resamples, n_images), dtype=np.int8)  # no image is drawn 128 times
     for row in weights:
         row[:] = np.bincount(rng.integers(n_images, size=n_images), minlength=n_images)
     return weights
@@ -374,13 +405,13 @@ def _resamples(n_images: int, n_resamples: int, seed: int) -> np.ndarray:
 def _resampled_scores(
     rows: Mapping[str, np.ndarray], weights: np.ndarray, others: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """The corpus scores of every resample; an image that `weights` leaves out gives its row in `others`, if given."""
+    """The corpus scores of every resample; an image of weight 0 contributes its row in `others`, if given."""
     scores: dict[str, np.ndarray] = {}
     blocks = np.array_split(weights, max(1, weights.size // 2_000_000))  # a block at a time becomes float
     for metric, values in rows.items():
         base = others[metric] if others else np.zeros_like(values)
         sums = np.concatenate([block.astype(float) @ (values - base) for block in blocks]) + base.sum(axis=0)
-        scores |= _from_rows(metric, sums, len(values))
+        scores |= _values(metric, sums, len(values))
     return scores
 
 
@@ -403,29 +434,30 @@ def health(
     vocabulary_size: int | None = None,
     tokenizer: str = "ptb",
 ) -> dict[str, float | int | None]:
-    """What scores do not show about a system's captions: sameness, copying, stutter, captions that break off.
+    """Measure what scores do not show about a system's captions: diversity, copying, repetition, broken endings.
 
     Args:
-        captions: what the system wrote.
-        training_captions: with them, the share of captions that are not among them.
-        vocabulary_size: with it, the share of the vocabulary in use.
+        captions: the system's captions.
+        training_captions: needed for `novel`.
+        vocabulary_size: needed for `vocabulary_used`.
 
     Returns:
         `captions`; `distinct`, the share of different captions; `distinct_1`, `distinct_2`, different words and word
-        pairs per word and per pair; `words_used`; `vocabulary_used`; `novel`; `mean_length` in words; `repeats`, the
-        share with a word twice in a row or three words that come again; `bad_endings`, the share ending in "a",
-        "with the" and the like; `unk`, the share of words that are `<unk>`. Shares are from 0 to 1, None if unknown.
+        pairs per word and per pair; `words_used`; `vocabulary_used`, the share of the vocabulary; `novel`, the share
+        that is not among the training captions; `mean_length` in words; `repeats`, the share with a word twice in a
+        row or the same three words twice; `bad_endings`, the share ending in "a", "with the" and the like; `unk`, the
+        share of words that are `<unk>`. Shares are from 0 to 1, None if unknown.
     """
     if not captions:
-        raise UserError("there are no captions to look at; give at least one")
-    cut = _tokenizer(tokenizer)
+        raise UserError("there are no captions to examine; give at least one")
+    tokenize = _tokenizer(tokenizer)
     unks = sum(caption.count("<unk>") for caption in captions)
-    tokens = [tuple(cut(caption.replace("<unk>", " unk "))) for caption in captions]
+    tokens = [tuple(tokenize(caption.replace("<unk>", " unk "))) for caption in captions]
     words = [word for caption in tokens for word in caption]
     pairs = [pair for caption in tokens for pair in itertools.pairwise(caption)]
     novel = None
     if training_captions is not None:
-        seen = {tuple(cut(caption)) for caption in training_captions}
+        seen = {tuple(tokenize(caption)) for caption in training_captions}
         novel = sum(caption not in seen for caption in tokens) / len(tokens)
     return {
         "captions": len(captions),

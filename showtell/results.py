@@ -11,7 +11,7 @@ from typing import Any
 
 from showtell.annotations import read_json
 from showtell.errors import MissingFileError
-from showtell.metrics import LABELS
+from showtell.metrics import labels
 from showtell.report import Bars, Card, Gallery, Histogram, Interval, Table, Tile, write_page
 from showtell.scoring import Result, _health_rows
 
@@ -49,7 +49,7 @@ def write_results(
         return Card(image(i), i, result.captions[i], references[i], pieces, probs, cider[i])
 
     rows = []
-    for name, label in LABELS.items():
+    for name, label in labels().items():
         if (value := scores.corpus[name]) is not None:
             bounds = result.intervals.get(name)
             rows.append([label, Interval(100 * value, *(100 * b for b in bounds)) if bounds else 100 * value])
@@ -70,7 +70,7 @@ def write_results(
         Table("Every image, worst first", ["image", "CIDEr-D", "ROUGE-L", "predicted"], listed, digits=3),
     ]
     tiles = [*tiles, Tile("images", len(order))]
-    tiles += [Tile(LABELS[name], f"{100 * scores.corpus[name]:.1f}") for name in ("Bleu_4", "CIDEr")]
+    tiles += [Tile(labels()[name], f"{100 * scores.corpus[name]:.1f}") for name in ("Bleu_4", "CIDEr")]
     return write_page(path, "Captions, actual and predicted", about, tiles, sections)
 
 

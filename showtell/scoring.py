@@ -211,14 +211,14 @@ def format_table(results: Sequence[Result]) -> str:
     interval = ", 95 % intervals over images" if results[0].intervals else ""
     lines = [f"{what}; tokeniser {first.tokenizer}; scores × 100{interval}", ""]
     rows = [["", *(result.name for result in results), ""]]
-    for metric, label in metrics.LABELS.items():
+    for metric, label in metrics.labels().items():
         rows.append([label, *(_cell(result, metric) for result in results), results[0].missing.get(metric, "")])
     lines += _aligned(rows)
     for result in results[1:]:
         lines += ["", f"{result.name} minus {result.against}"]
         lines += _aligned(
             [
-                metrics.LABELS[metric],
+                metrics.labels()[metric],
                 f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
                 _p(d.p_value),
             ]

@@ -1,10 +1,11 @@
-"""The scores against the reference implementation's, plain slow definitions, and published examples."""
+"""The metrics against the reference implementation, plain slow definitions and published examples; the registry."""
 
 from __future__ import annotations
 
 import gzip
 import json
 import math
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,21 @@ import numpy as np
 import pytest
 
 from showtell import java_metrics, metrics
-from showtell.errors import MissingFileError, UserError
-from showtell.metrics import DocumentFrequencies, bleu, bootstrap, cider_d, health, paired, perplexity, rouge_l, score
+from showtell.errors import UserError
+from showtell.metrics import (
+    METRICS,
+    Corpus,
+    DocumentFrequencies,
+    Metric,
+    bleu,
+    bootstrap,
+    cider_d,
+    health,
+    paired,
+    perplexity,
+    rouge_l,
+    score,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text(encoding="utf-8"))
 PURE = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
@@ -212,13 +226,13 @@ def test_the_fast_scores_equal_the_definitions():
     check()
 
 
-def test_document_frequencies_of_the_same_references_change_nothing(tmp_path):
+# ---- document frequencies ----
+
+
+def test_document_frequencies_of_the_same_references_change_nothing():
     table = DocumentFrequencies.build(GOLDEN["references"].values())
-    table.save(tmp_path / "table.json.gz")
-    loaded = DocumentFrequencies.load(tmp_path / "table.json.gz")
-    assert loaded == table
-    assert min(table.counts.values()) == 2  # an n-gram of one image weighs as an unknown one does
-    scores = score(GOLDEN["references"], GOLDEN["candidates"], frequencies=loaded)
+    assert min(table.counts.values()) == 2  # an n-gram of one image has the weight of an unknown one
+    scores = score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table)
     np.testing.assert_allclose(scores.per_image["CIDEr"], GOLDEN["per_image"]["CIDEr"], atol=1e-9)
 
 
@@ -228,21 +242,65 @@ def test_a_table_makes_one_image_scorable():
     assert score(references, candidate, frequencies=table)["CIDEr"] == pytest.approx(GOLDEN["per_image"]["CIDEr"][0])
     alone = score(references, candidate)
     assert alone["CIDEr"] == 0
-    assert any("0 by its definition" in note for note in alone.notes)
+    assert any("0 by definition" in note for note in alone.notes)
 
 
-def test_a_bad_table_is_named(tmp_path):
-    with pytest.raises(MissingFileError, match="there is no document frequency table"):
-        DocumentFrequencies.load(tmp_path / "none")
-    (tmp_path / "bad").write_text("{}")
-    with pytest.raises(UserError, match="bad is not a table"):
-        DocumentFrequencies.load(tmp_path / "bad")
+def test_document_frequencies_of_another_tokeniser_are_refused():
+    table = DocumentFrequencies.build(GOLDEN["references"].values(), "treebank")
+    with pytest.raises(UserError, match="counted with the tokeniser 'treebank', not 'ptb'; count them with Document"):
+        score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table)
+    score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table, tokenizer="treebank")
 
 
-# ---- odd captions and mistakes ----
+# ---- metrics registered from outside ----
 
 
-def test_perfect_captions_score_one_and_empty_ones_nothing():
+def exact_match(corpus: Corpus) -> np.ndarray:
+    return np.array([c in group for c, group in zip(corpus.candidates, corpus.references, strict=True)])
+
+
+def lengths(corpus: Corpus) -> np.ndarray:
+    return np.array([[len(c), len(group[0])] for c, group in zip(corpus.candidates, corpus.references, strict=True)])
+
+
+def test_a_metric_is_a_function_and_a_line(monkeypatch):
+    from showtell.scoring import format_table, score_captions
+
+    monkeypatch.setitem(METRICS, "Exact", Metric("exact match", exact_match))
+    assert list(metrics.labels())[-2:] == ["SPICE", "Exact"]
+    assert metrics.names() == [*PURE, "Exact"]
+
+    references, candidates = _synthetic_corpus(40)
+    good = candidates | {str(i): references[str(i)][0] for i in range(30)}
+    scores = score(references, good)
+    assert scores["Exact"] == 30 / 40
+    assert scores.per_image["Exact"].tolist() == [1] * 30 + [0] * 10
+    low, high = bootstrap(scores, 200)["Exact"]
+    assert low < 0.75 < high
+    difference = paired(score(references, candidates), scores, 200)["Exact"]
+    assert difference.difference == 0.75
+    assert difference.p_value == pytest.approx(1 / 201)
+    table = format_table(score_captions(references, {"bad": candidates, "good": good}, java=False, n_resamples=50))
+    assert re.search(r"^exact match +0\.0 .* 75\.0 ", table, re.MULTILINE)
+    assert re.search(r"^exact match +\+75\.0 ", table, re.MULTILINE)
+
+
+def test_a_metric_may_have_several_values_that_are_no_means(monkeypatch):
+    def ratios(sums: np.ndarray, n_images: int) -> np.ndarray:
+        return np.stack([sums[..., 0] / sums[..., 1], sums[..., 0] / n_images], axis=-1)
+
+    monkeypatch.setitem(METRICS, "Length", Metric({"ratio": "length ratio", "words": "words"}, lengths, ratios))
+    references = {"1": ["a dog"], "2": ["a dog and a cat and a bird"]}
+    scores = score(references, {"1": "a dog", "2": "a cat"})
+    assert (scores["ratio"], scores["words"]) == (0.4, 2)
+    assert scores.per_image["ratio"].tolist() == [1, 0.25]
+    assert bootstrap(scores, 100)["ratio"] == (0.25, 1)
+
+
+# ---- unusual captions and mistakes ----
+
+
+def test_perfect_captions_score_one_and_empty_ones_zero():
     references = {"1": ["a dog runs on the beach", "a brown dog"], "2": ["two cats sleep on a warm bed"]}
     perfect = score(references, {"1": "A dog runs on the beach.", "2": "Two cats sleep on a warm bed."})
     assert [perfect[f"Bleu_{n}"] for n in range(1, 5)] == pytest.approx([1] * 4)
@@ -270,19 +328,19 @@ def test_any_caption_can_be_scored(caption):
         ({"1": "a dog"}, {"1": "a dog"}, "a list of strings as references"),
     ],
 )
-def test_mistakes_are_said(references, candidates, message):
+def test_mistakes_are_refused(references, candidates, message):
     with pytest.raises(UserError, match=message):
         score(references, candidates)
 
 
-def test_an_unknown_tokeniser_is_said_and_another_is_noted():
-    with pytest.raises(UserError, match="no tokeniser 'moses'; choose one of treebank, words, ptb"):
+def test_an_unknown_tokeniser_is_refused_and_another_is_noted():
+    with pytest.raises(UserError, match="no tokeniser is called 'moses'; choose one of unicode, treebank, ptb, words"):
         score({"1": ["a"]}, {"1": "a"}, tokenizer="moses")
-    assert any("do not compare" in note for note in score({"1": ["a"]}, {"1": "a"}, tokenizer="words").notes)
+    assert any("not comparable" in note for note in score({"1": ["a"]}, {"1": "a"}, tokenizer="words").notes)
 
 
 def test_perplexity_is_per_word():
-    assert perplexity(100 * math.log(7), 100) == pytest.approx(7)
+    assert perplexity(100 * math.log(7), 100) == perplexity(math.log(7)) == pytest.approx(7)
     assert math.isfinite(perplexity(1e9, 1))
     with pytest.raises(UserError, match="at least one word"):
         perplexity(0.0, 0)
@@ -295,10 +353,10 @@ def test_the_bootstrap_resamples_images():
     scores = score(*_synthetic_corpus(300))
     intervals = bootstrap(scores, n_resamples=400, seed=3)
     assert intervals == bootstrap(scores, n_resamples=400, seed=3)
-    assert list(intervals) == [metric for metric in metrics.METRICS if metric in PURE]
+    assert tuple(intervals) == PURE
     for metric, (low, high) in intervals.items():
         assert low < scores[metric] < high, metric
-    # the mean's interval is known: 1.96 standard errors to either side
+    # the interval of a mean is known: 1.96 standard errors to either side
     each = scores.per_image["ROUGE_L"]
     low, high = intervals["ROUGE_L"]
     assert (high - low) / 2 == pytest.approx(1.96 * each.std() / math.sqrt(len(each)), rel=0.15)
@@ -348,7 +406,7 @@ def test_only_the_same_images_can_be_compared_in_any_order():
 # ---- health ----
 
 
-def test_health_sees_what_scores_do_not():
+def test_health_measures_what_scores_do_not():
     captions = ["A dog runs.", "a dog runs", "a man a man a man with a", "a <unk> cat cat"]
     seen = health(captions, training_captions=["A dog runs!"], vocabulary_size=20)
     assert seen["captions"] == 4

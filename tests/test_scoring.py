@@ -169,7 +169,7 @@ def test_spellings_of_a_path_match(tmp_path):
 
 def test_one_image_says_why_cider_is_zero():
     [result] = score_captions({"1": REFERENCES["1"]}, {"mine": {"1": "a dog runs"}}, java=False)
-    assert "CIDEr is 0 by its definition" in format_table([result])
+    assert "CIDEr is 0 by definition" in format_table([result])
 
 
 # ---- Java, there or not ----
