@@ -8,7 +8,7 @@ import typing
 from dataclasses import asdict, dataclass, fields, replace
 
 from showtell.errors import UserError
-from showtell.tokenizer import TOKENIZERS
+from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 
 if typing.TYPE_CHECKING:
     from showtell.decoders import Decoder
@@ -63,7 +63,7 @@ class Recipe:
     crop: int = 224
     random_crop: bool = False
     flip: bool = False
-    tokenizer: str = "words"
+    tokenizer: str = DEFAULT_TOKENIZER
     threshold: int = 5
     group: str = "length"
     captions_per_image: int = 0

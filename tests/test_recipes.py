@@ -43,7 +43,7 @@ def test_the_plain_flickr8k_recipe():
     expected = {
         "decoder": "show-tell", "embed_size": 512, "hidden_size": 512, "dropout": 0.5, "optimizer": "adam",
         "lr": 1.5e-3,
-        "warmup": 200, "batch_size": 80, "label_smoothing": 0.1, "clip": 5, "threshold": 5, "tokenizer": "words",
+        "warmup": 200, "batch_size": 80, "label_smoothing": 0.1, "clip": 5, "threshold": 5, "tokenizer": "unicode",
         "epochs": 12, "length_penalty": 0.7, "max_len": 25, "fine_tune": "", "batch_norm": True,
     }  # fmt: skip
     assert {name: getattr(recipe, name) for name in expected} == expected
