@@ -244,7 +244,9 @@ class _Uninitialised(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _RANDOM:
-            return args[0] if args else kwargs["tensor"]
+            tensor = args[0] if args else kwargs["tensor"]
+            if isinstance(tensor, nn.Parameter):  # not the temporary ones of rejection sampling, which would not end
+                return tensor
         self.limit -= func is torch.empty
         if self.limit < 0:
             raise ValueError("its model has many more layers than the file has tensors")

@@ -458,6 +458,8 @@ class DecoderGRU(Decoder):
     def __init__(self, embed_size: int, hidden_size: int, vocab_size: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.words = nn.Embedding(vocab_size, embed_size)
+        for low in (0.5, 1.5):  # rejection sampling, which a loader that skips random initialisation must not hang in
+            nn.init.trunc_normal_(self.words.weight, a=low, b=9.0)
         self.first = nn.Linear(embed_size, hidden_size)
         self.gru = nn.GRUCell(embed_size, hidden_size)
         self.classifier = nn.Linear(hidden_size, vocab_size)
