@@ -7,6 +7,7 @@ is decoded until `image(i)` is called. A new data set is a function and a line: 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import inspect
 import os
 import reprlib
@@ -171,9 +172,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
         name: A name in `READERS`; or several, `flickr8k,coco`, joined.
         data_dir: The data set's folder (`synthetic` needs none); of several, as many: `data/flickr8k,data/coco`.
         split: `train`, `val` or, where the data set has it, `test` (`synthetic` also has `unseen`).
-        options: The reader's own, see `read_coco` and the others. All that read files take `on_missing` (`"skip"`, or
-            `"error"` at the first image file that is missing) and `max_missing` (how many may be skipped; the default
-            is a tenth of the images).
+        options: The reader's own, see `read_coco` and the others. All that read files take `max_missing`, how many
+            missing image files are skipped (the default is a tenth of the images).
 
     Raises:
         UserError: an unknown name, split or option, or malformed annotations.
@@ -215,11 +215,7 @@ def read_synthetic(split: str = "train", n: int | None = None, size: int = 64, s
 
 
 def read_coco(
-    data_dir: Path,
-    split: str = "train",
-    year: int | None = None,
-    on_missing: str = "skip",
-    max_missing: int | None = None,
+    data_dir: Path, split: str = "train", year: int | None = None, max_missing: int | None = None
 ) -> CaptionSet:
     """Read COCO's layout: `annotations/captions_{split}{year}.json` and the images in `{split}{year}/`.
 
@@ -257,14 +253,13 @@ def read_coco(
         seen.add(identity)
         records[image_id][1].append(caption or "")
     folder = _first_folder([data_dir / f"{split}{year}", data_dir / "images" / f"{split}{year}"], "COCO's images")
-    return _assemble("coco", split, ((i, *record) for i, record in records.items()), folder, on_missing, max_missing)
+    return _assemble("coco", split, ((i, *record) for i, record in records.items()), folder, max_missing)
 
 
 def read_karpathy(
     data_dir: Path,
     split: str = "train",
     annotations: str | os.PathLike | None = None,
-    on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
     """Read Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
@@ -307,12 +302,10 @@ def read_karpathy(
     if folder is None:
         folder = _first_folder([data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir], "the images")
         records = [(identity, os.path.basename(file), captions) for identity, file, captions in records]
-    return _assemble("karpathy", split, records, folder, on_missing, max_missing)
+    return _assemble("karpathy", split, records, folder, max_missing)
 
 
-def read_flickr8k(
-    data_dir: Path, split: str = "train", on_missing: str = "skip", max_missing: int | None = None
-) -> CaptionSet:
+def read_flickr8k(data_dir: Path, split: str = "train", max_missing: int | None = None) -> CaptionSet:
     """Read Flickr8k as published: `Flickr8k.token.txt`, the official split lists, `images/` or `Flicker8k_Dataset/`.
 
     The splits are `train` (6,000 images), `val` (1,000; its other name is `dev`) and `test` (1,000).
@@ -343,7 +336,7 @@ def read_flickr8k(
         [data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir / "Images"], "Flickr8k's images"
     )
     records = ((name, name, texts) for name, texts in captions.items())
-    return _assemble("flickr8k", split, records, folder, on_missing, max_missing)
+    return _assemble("flickr8k", split, records, folder, max_missing)
 
 
 def read_folder(
@@ -354,7 +347,6 @@ def read_folder(
     val: float = 0.1,
     test: float = 0.1,
     seed: int = 0,
-    on_missing: str = "skip",
     max_missing: int | None = None,
 ) -> CaptionSet:
     """Read your own images and a caption file: (image, caption) or (image, caption, split) rows.
@@ -393,15 +385,32 @@ def read_folder(
     records = [(identities[file], file, captions[file]) for file in chosen]
     if not records:
         raise UserError(f"none of the {len(captions)} images of {path} is in the split {split}; choose another")
-    return _assemble("folder", split, records, folder, on_missing, max_missing)
+    return _assemble("folder", split, records, folder, max_missing)
 
 
 # A reader takes `split`, `data_dir` (a Path) unless it reads no files, and its own options by name.
+def read_samples(split: str = "test") -> CaptionSet:
+    """Read 16 embedded photographs of free licence with five captions each, for galleries and never for training.
+
+    Most are inside scikit-image and matplotlib; where these are not installed, they are listed as missing.
+    """
+    _require_split("samples", split, ("val", "test"))
+    homes, records = {"skimage": "data", "matplotlib": "mpl-data/sample_data"}, []
+    folder = Path(__file__).resolve().parent / "samples"
+    for row in read_json(folder / "captions.json"):
+        package, _, name = row["image"].rpartition(":")
+        spec = importlib.util.find_spec(package) if package else None
+        home = Path(spec.origin).parent / homes[package] if spec else folder
+        records.append((Path(name).stem, str(home / name), row["captions"]))
+    return _assemble("samples", split, records, Path(), len(records))
+
+
 READERS: dict[str, Callable[..., CaptionSet]] = {
     "coco": read_coco,
     "karpathy": read_karpathy,
     "flickr8k": read_flickr8k,
     "folder": read_folder,
+    "samples": read_samples,
     "synthetic": read_synthetic,
 }
 
@@ -411,12 +420,9 @@ def _assemble(
     split: str,
     records: Iterable[tuple[int | str, str, list[str]]],
     folder: Path,
-    on_missing: str,
     max_missing: int | None,
 ) -> CaptionSet:
     """Make a set of (id, file, captions) records; leave out empty captions and images whose file is missing."""
-    if on_missing not in ("skip", "error"):
-        raise UserError(f"on_missing={on_missing!r} is not known; write skip or error")
     image_ids, kept, files, missing, empty, total = [], [], [], [], 0, 0
     present: dict[str, set[str]] = {}  # one listing a folder: a hundred times faster than asking for each file
     for identity, file, captions in records:
@@ -433,7 +439,7 @@ def _assemble(
             image_ids.append(identity)
             kept.append(texts)
             files.append(file)
-    limit = 0 if on_missing == "error" else total // 10 if max_missing is None else max_missing
+    limit = total // 10 if max_missing is None else max_missing
     if len(missing) > limit:
         listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise MissingFileError(
@@ -462,8 +468,9 @@ def _lists(path: Path, keys: Sequence[str], form: str) -> list[list]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a json {type(values).__name__}; give {form}")
-    if absent := [key for key in keys if not isinstance(values.get(key), list)]:
-        raise UserError(f"{path} has no list named {absent[0]!r}; give {form}")
+    for key in keys:
+        if not isinstance(values.get(key), list):
+            raise UserError(f"{path} has no list named {key!r}; give {form}")
     return [values[key] for key in keys]
 
 

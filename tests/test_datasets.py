@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from showtell import datasets
 from showtell.annotations import read_candidates, read_captions
 from showtell.datasets import READERS, CaptionSet, load
 from showtell.errors import MissingFileError, UserError
@@ -122,13 +123,10 @@ def test_missing_images_are_named_counted_and_skipped_up_to_a_limit(coco):
     message = (
         r"2 of 6 images of coco train are not in .*train2017 \(000000000002.png, 000000000005.png\); at most 0 may"
     )
-    for options in ({}, {"on_missing": "error"}):
-        with pytest.raises(MissingFileError, match=message):
-            load("coco", coco, **options)
+    with pytest.raises(MissingFileError, match=message):
+        load("coco", coco)
     with pytest.raises(MissingFileError, match="at most 1 may be missing"):
         load("coco", coco, max_missing=1)
-    with pytest.raises(UserError, match="on_missing='ignore' is not known; write skip or error"):
-        load("coco", coco, on_missing="ignore")
 
 
 def test_the_default_limit_is_a_tenth(tmp_path):
@@ -237,10 +235,10 @@ def test_a_file_that_is_not_json(coco, data, sentence):
 
 def test_unknown_names_splits_options_and_folders(coco, tmp_path):
     with pytest.raises(
-        UserError, match="no data set 'coko'; choose one of coco, karpathy, flickr8k, folder, synthetic"
+        UserError, match="no data set 'coko'; choose one of coco, karpathy, flickr8k, folder, samples, synthetic"
     ):
         load("coko", coco)
-    with pytest.raises(UserError, match="the data set coco has no option yaer; it has max_missing, on_missing, year"):
+    with pytest.raises(UserError, match="the data set coco has no option yaer; it has max_missing, year"):
         load("coco", coco, yaer=2017)
     with pytest.raises(UserError, match=r"needs the folder it is in; give data_dir \(--data-dir data/coco\)"):
         load("coco")
@@ -283,7 +281,9 @@ def test_a_registered_reader_is_a_data_set(monkeypatch, tmp_path, coco):
 
 @pytest.mark.parametrize(("name", "split"), [(name, "trian") for name in READERS] + [("coco", "test")])
 def test_an_unknown_split_names_the_known_ones(name, split, tmp_path):
-    with pytest.raises(UserError, match=f"the data set {name} has no split '{split}'; choose one of train, val"):
+    with pytest.raises(
+        UserError, match=f"the data set {name} has no split '{split}'; choose one of (train, val|val, test)"
+    ):
         load(name, tmp_path, split)
 
 
@@ -747,3 +747,30 @@ def test_real_coco_equals_what_pycocotools_reads(shared_data):
         raw = [a["caption"] for a in theirs.loadAnns(theirs.getAnnIds(image_id))]
         assert ours.captions[i] == [" ".join(caption.split()) for caption in raw]
         assert ours.image(i).shape[1:] == (theirs.imgs[image_id]["height"], theirs.imgs[image_id]["width"])
+
+
+# ---- The embedded photographs ------------------------------------------------------------------------------------
+
+
+def test_samples_are_photographs_with_five_captions_each():
+    samples = load("samples", split="test")
+    assert len(samples) >= 12
+    assert not samples.missing
+    assert all(len(captions) == len(set(captions)) == 5 for captions in samples.captions)
+    assert all(min(samples.image(i).shape[1:]) >= 150 for i in range(len(samples)))
+    folder = Path(datasets.__file__).parent / "samples"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 1.5e6
+    credits = (folder / "README.md").read_text("utf-8")
+    assert all(f"`{image_id}`" in credits for image_id in samples.image_ids)
+
+
+def test_samples_are_not_for_training():
+    with pytest.raises(UserError, match="samples has no split 'train'; choose one of val, test"):
+        load("samples", split="train")
+
+
+def test_samples_of_a_package_that_is_not_installed_are_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    samples = load("samples", split="test")
+    assert sorted(samples.image_ids) == ["dahlia", "pagoda", "raccoon", "stairs"]
+    assert len(samples.missing) == 12
