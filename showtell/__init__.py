@@ -1,4 +1,4 @@
-"""showtell: captions for your images, and the research code that learns them.
+"""showtell: caption images with trained models, and train your own.
 
 import showtell
 captioner = showtell.load()
@@ -26,7 +26,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Imports a name when it is first used, so that `import showtell` and `showtell --help` stay instant."""
+    """Import a name when it is first used, so that `import showtell` and `showtell --help` stay fast."""
     if name not in _HOMES:
         raise AttributeError(f"module 'showtell' has no attribute {name!r}")
     import importlib

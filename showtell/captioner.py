@@ -1,4 +1,4 @@
-"""A trained model that captions images: encode once, decode many.
+"""Caption images with a trained model: encode once, decode many times.
 
 import showtell
 captioner = showtell.load("runs/flickr8k/best.safetensors")
@@ -11,35 +11,36 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from showtell import decoding
 from showtell.checkpoint import Checkpoint, load_checkpoint
-from showtell.decoding import DecodingOptions, Hypothesis, beam_search, sample
+from showtell.decoding import DecodingOptions, Hypothesis
 from showtell.errors import MissingFileError, UserError
 from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source, read_image
 from showtell.vocabulary import Vocabulary, spell_words
 
-RELEASED = "showtell-attend"  # what `load()` opens when nothing is named
+RELEASED = "showtell-attend"  # what `load()` opens when no model is named
 MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @dataclass(frozen=True)
 class Caption:
-    """One caption of one image.
+    """A caption of an image.
 
     Attributes:
-        text: for people: a capital first, punctuation attached.
-        score: length-normalised log-probability; nearer 0 is surer, and captions of different images compare.
-        words: the words as the model wrote them.
-        word_probs: the model's probability of each word, from 0 to 1, given the image and the words before it.
-        alphas: where the model looked at each word, `(words, rows, columns)`, summing to 1 over the grid, from models
-            that attend and when asked for.
+        text: the caption as a sentence: first letter capitalised, punctuation attached.
+        score: length-normalised log-probability, at most 0; comparable between images.
+        words: the words as the model generated them.
+        word_probs: the probability of each word, from 0 to 1, given the image and the words before it.
+        alphas: attention weights at each word, `(words, rows, columns)`, summing to 1 over the grid; only from models
+            with attention, and only on request.
     """
 
     text: str
@@ -50,22 +51,32 @@ class Caption:
 
     @property
     def pieces(self) -> list[str]:
-        """`text` cut into its words, each with the space before it; one piece for each of `words`."""
+        """`text` split into one piece per word, each with the space before it."""
         return spell_words(self.words)
 
     @classmethod
-    def of(cls, hypothesis: Hypothesis, vocab: Vocabulary) -> Caption:
-        """Turns ids and log-probabilities into words and probabilities."""
+    def of(cls, hypothesis: Hypothesis, vocab: Vocabulary, grid: tuple[int, int] | None = None) -> Caption:
+        """Convert ids and log-probabilities to words and probabilities.
+
+        Args:
+            hypothesis: what the decoder generated.
+            vocab: the model's vocabulary.
+            grid: rows and columns of the attention maps; needed only if the hypothesis has any.
+        """
         words = [vocab.idx2word[i] for i in hypothesis.ids]
         probs = [math.exp(p) for p in hypothesis.log_probs[: len(words)]]
         alphas = hypothesis.alphas
-        if alphas is not None:
-            side = math.isqrt(alphas.shape[1])
-            alphas = alphas.unflatten(1, (side, -1))
+        if alphas is not None:  # (words, L) -> (words, rows, columns)
+            if grid is None or math.prod(grid) != alphas.shape[1]:
+                raise UserError(
+                    f"attention maps of {alphas.shape[1]} cells cannot have the shape {grid}; pass their "
+                    "grid=(rows, columns), or give caption() the image itself"
+                )
+            alphas = alphas.unflatten(1, grid)
         return cls(vocab.decode(hypothesis.ids), hypothesis.score, words, probs, alphas)
 
     def to_dict(self) -> dict:
-        """Plain values, as `showtell caption --json` prints them."""
+        """Return plain values, as `showtell caption --json` prints them."""
         return {
             "text": self.text,
             "score": round(self.score, 4),
@@ -75,10 +86,10 @@ class Caption:
 
 
 class Captioner:
-    """A model ready to caption.
+    """A model that captions images.
 
     Attributes:
-        model, vocab, transform, meta: as in `showtell.checkpoint.Checkpoint`. device: where it computes.
+        model, vocab, transform, meta: as in `showtell.checkpoint.Checkpoint`. device: where the model runs.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu") -> None:
@@ -87,146 +98,180 @@ class Captioner:
         self.vocab, self.transform, self.meta = checkpoint.vocab, checkpoint.transform, checkpoint.meta
 
     def encode(self, images: Source | Sequence[Source]) -> Tensor:
-        """Turns images into what the decoder reads, `(B, E)` or `(B, L, E)`; decode that as often as you like.
+        """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
 
         Args:
-            images: one or several of: a path, a file's bytes, a PIL image, an array, a uint8 tensor.
+            images: one or more of: a path, a file's bytes, a PIL image, an array, a uint8 tensor.
 
         Raises:
-            MissingFileError: a file is not there.
+            MissingFileError: a file does not exist.
             BrokenImageError: an image cannot be read.
+            UserError: the images give grids of different sizes.
         """
-        batch = [self.transform(image) for image in _as_list(images)]
-        return self._encode(torch.stack(batch))
+        images = images if isinstance(images, (list, tuple)) else [images]
+        parts = []
+        for batch in stream_images(images, self.transform):
+            if error := next((image.error for image in batch if image.error), None):
+                raise error
+            parts += [features for _, features, _ in self._encode(batch)]
+        if len({features.shape[1:] for features in parts}) != 1:
+            raise UserError(
+                f"{len(images)} images do not fit in one batch: encode takes one or more images, "
+                "of equal proportions where this model keeps them"
+            )
+        return torch.cat(parts)
 
     @torch.inference_mode()
-    def _encode(self, batch: Tensor) -> Tensor:
-        return self.model.encoder(batch.to(self.device))
+    def _encode(self, images: list[LoadedImage]) -> list[tuple[list[LoadedImage], Tensor, tuple[int, int] | None]]:
+        """Encode images in batches of one size each: `(images, features, (rows, columns) of the grid)` per batch."""
+        sizes, encoded = [], []
+        # Only the network knows its grid: 256 cells may be 16 x 16 or 8 x 32.
+        hook = self.model.encoder.backbone.net.register_forward_hook(lambda *call: sizes.append(call[2].shape[2:]))
+        try:
+            for _, group in groupby(images, key=lambda image: image.pixels.shape):
+                batch = list(group)
+                features = self.model.encoder(torch.stack([image.pixels for image in batch]).to(self.device))
+                encoded.append((batch, features, tuple(sizes[-1]) if features.dim() == 3 else None))
+        finally:
+            hook.remove()
+        return encoded
 
     def decode(
-        self, features: Tensor, beam_size: int = 5, n_best: int = 1, alphas: bool = False, **rules: float
+        self,
+        features: Tensor,
+        strategy: str = "beam",
+        *,
+        n_best: int = 1,
+        beam_size: int = 5,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | torch.Generator = 0,
+        alphas: bool = False,
+        grid: tuple[int, int] | None = None,
+        **options: float,
     ) -> list[list[Caption]]:
-        """Captions encoded images by beam search.
+        """Caption encoded images.
 
         Args:
             features: from `encode`.
-            beam_size: how many beginnings are kept; 1 is greedy.
-            n_best: captions an image, best first.
-            alphas: whether to keep the attention maps.
-            rules: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
+            strategy: `"beam"`, `"greedy"` or `"sample"`.
+            n_best: captions per image: the best of a beam, best first, or independent samples in the order drawn.
+            beam_size: hypotheses kept at each step of a beam search; 1 is greedy.
+            temperature, top_k, top_p: of sampling, see `showtell.decoding.sample`.
+            seed: of sampling; a `torch.Generator` is used as it is, and continues from call to call.
+            alphas: whether to return the attention maps.
+            grid: rows and columns of the attention maps; needed with `alphas` if the transform keeps an image's
+                proportions, since features do not tell them.
+            options: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
+
+        Returns:
+            for each image its captions.
+
+        Raises:
+            UserError: an argument is out of range, the shape of the grid is needed, or the model's outputs are not
+                finite.
         """
-        found = beam_search(self.model.decoder, features, self.rules(**rules), max(beam_size, n_best), n_best, alphas)
-        return [[Caption.of(h, self.vocab) for h in hypotheses] for hypotheses in found]
+        if grid is None and features.dim() == 3 and self.transform.size is not None:  # square images, square grids
+            grid = (math.isqrt(features.shape[1]),) * 2
+        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
+        found = decoding.decode(
+            self.model.decoder, features, strategy, self.decoding_options(**options), n=n_best, beam_size=beam_size,
+            temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, alphas=alphas,
+        )  # fmt: skip
+        return [[Caption.of(hypothesis, self.vocab, grid) for hypothesis in hypotheses] for hypotheses in found]
 
-    def sample(
-        self,
-        features: Tensor,
-        n: int = 1,
-        temperature: float = 1.0,
-        seed: int = 0,
-        alphas: bool = False,
-        **options: float,
-    ) -> list[list[Caption]]:
-        """Draws `n` captions of encoded images; `options` as in `showtell.decoding.sample`."""
-        draw = {name: options.pop(name) for name in ("top_k", "top_p") if name in options}
-        generator = torch.Generator(self.device).manual_seed(seed)
-        drawn = sample(
-            self.model.decoder,
-            features,
-            self.rules(**options),
-            n,
-            temperature,
-            generator=generator,
-            alphas=alphas,
-            **draw,
-        )
-        return [[Caption.of(h, self.vocab) for h in hypotheses] for hypotheses in drawn]
+    def sample(self, features: Tensor, n: int = 1, **options: float) -> list[list[Caption]]:
+        """Draw `n` captions per image: `decode(features, "sample", n_best=n, …)`."""
+        return self.decode(features, "sample", n_best=n, **options)
 
-    def rules(self, **options: float) -> DecodingOptions:
-        """The decoding rules for this vocabulary, with the length penalty and greatest length it was validated with."""
+    def decoding_options(self, **options: float) -> DecodingOptions:
+        """Return `options` for this vocabulary; length penalty and maximum length default to those of validation."""
         recipe = self.meta.get("recipe") or {}
-        learnt = {name: recipe[name] for name in ("length_penalty", "max_len") if name in recipe}
-        return DecodingOptions.of(self.vocab, **(learnt | options))
+        validated = {name: recipe[name] for name in ("length_penalty", "max_len") if name in recipe}
+        return DecodingOptions.of(self.vocab, **(validated | options))
 
-    def caption(self, image: Source, beam_size: int = 5, n_best: int = 1, **options: float) -> list[Caption]:
-        """Captions one image, best caption first; see `encode` and `decode` for the arguments."""
-        return self.decode(self.encode(image), beam_size, n_best, **options)[0]
+    def caption(self, image: Source, strategy: str = "beam", **options: float) -> list[Caption]:
+        """Caption one image, best caption first; for the other arguments see `encode` and `decode`."""
+        ((_, captions),) = self.caption_stream([image], strategy=strategy, **options)
+        if isinstance(captions, UserError):
+            raise captions
+        return captions
+
+    def caption_stream(
+        self, sources: Sequence[Source | Callable[[], Tensor]], batch_size: int = 32, workers: int = 2, **options: float
+    ) -> Iterator[tuple[int, list[Caption] | BrokenImageError | MissingFileError]]:
+        """Caption any number of images, reading the next ones while the model runs.
+
+        Args:
+            sources: anything `encode` reads, or functions that return a uint8 `(3, H, W)` tensor.
+            batch_size: images per batch.
+            workers: threads that read images.
+            options: the arguments of `decode`.
+
+        Yields:
+            the index of each source, in order, with its captions or the error that prevented them.
+        """
+        if isinstance(options.get("seed", 0), int):  # one generator for all batches, or each would draw the same
+            options["seed"] = torch.Generator(self.device).manual_seed(options.get("seed", 0))
+        for batch in stream_images(sources, self.transform, batch_size, workers):
+            results = {image.index: image.error for image in batch}
+            for images, features, grid in self._encode([image for image in batch if image.error is None]):
+                captions = self.decode(features, **({"grid": grid} | options))
+                results.update(zip((image.index for image in images), captions, strict=True))
+            yield from results.items()
 
     def caption_files(
         self, paths: Iterable[str | os.PathLike], batch_size: int = 32, **options: float
     ) -> Iterator[tuple[Path, list[Caption] | BrokenImageError | MissingFileError]]:
-        """Captions any number of files, reading the next while the last are decoded.
-
-        Yields:
-            each path, in order, with its captions, or with what is wrong with it.
-        """
-
-        def read(path: Path) -> Tensor | BrokenImageError | MissingFileError:
-            try:
-                return self.transform(read_image(path))
-            except (BrokenImageError, MissingFileError) as error:
-                return error
-
+        """Caption any number of files; as `caption_stream`, but yields each path instead of its index."""
         paths = [Path(path) for path in paths]
-        with ThreadPoolExecutor(2) as pool:
-            chunks = [paths[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-            ahead = [pool.submit(read, path) for path in chunks[0]] if chunks else []
-            for i, chunk in enumerate(chunks):
-                results = [future.result() for future in ahead]
-                ahead = [pool.submit(read, path) for path in chunks[i + 1]] if i + 1 < len(chunks) else []
-                good = [result for result in results if isinstance(result, Tensor)]
-                captions = iter(self.decode(self._encode(torch.stack(good)), **options) if good else ())
-                for path, result in zip(chunk, results, strict=True):
-                    yield path, next(captions) if isinstance(result, Tensor) else result
-
-
-def _as_list(images: Source | Sequence[Source]) -> Sequence[Source]:
-    return images if isinstance(images, (list, tuple)) else [images]
+        for index, result in self.caption_stream(paths, batch_size, **options):
+            yield paths[index], result
 
 
 def load(model: str | os.PathLike | None = None, device: str | torch.device | None = None) -> Captioner:
-    """Opens a model by path or name; with neither, the released one.
+    """Load a model by path or name; the released model by default.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), or the name of a released model, whose newest version
-            is meant where its number is left out: `showtell-classic`.
-        device: where to compute; a GPU if there is one.
+        model: a checkpoint, a run folder (its best checkpoint), or the name of a released model; a name without its
+            number, such as `showtell-classic`, means the newest version.
+        device: where to run the model; a GPU if there is one.
 
     Raises:
-        MissingFileError: there is no such model; the message lists those there are.
-        UserError: the file is no checkpoint that this version reads.
+        MissingFileError: there is no such model; the message lists the released ones.
+        UserError: the file is not a checkpoint that this version reads.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Captioner(load_checkpoint(find_model(model), device), device)
 
 
 def find_model(model: str | os.PathLike | None = None) -> Path:
-    """The checkpoint's path behind a name, a folder or a path; see `load`."""
+    """Return the path of a checkpoint given by path, folder or name; see `load`."""
+    remedy = "give a checkpoint, a run folder or the name of a released model"
     if model is None:
         if newest := _released(RELEASED):
             return newest
         raise MissingFileError(
-            "no model is released with this version yet; name your own (--model runs/NAME/best.safetensors), "
+            "no released model is installed; name your own (--model runs/NAME/best.safetensors), "
             "or train one: showtell train --help"
         )
     path = Path(model)
     if path.is_dir():
-        if not (path / "best.safetensors").is_file():
+        if not (path / "best.safetensors").exists():
             raise MissingFileError(f"the folder {path} holds no best.safetensors; name a checkpoint or a finished run")
-        return path / "best.safetensors"
-    if path.is_file():
+        path = path / "best.safetensors"
+    if path.exists():
+        require_regular_file(path, "model", remedy)
         return path
     if newest := _released(str(model)):
         return newest
-    released = sorted(path.stem for path in MODELS.glob("*.safetensors"))
-    raise MissingFileError(
-        f"there is no model {model}; give a checkpoint's path, a run folder"
-        + (f", or one of {', '.join(released)}" if released else "")
-    )
+    released = ", ".join(sorted(path.stem for path in MODELS.glob("*.safetensors")))
+    raise MissingFileError(f"there is no model {model}; {remedy}" + (f": {released}" if released else ""))
 
 
 def _released(name: str) -> Path | None:
-    """The released model of this name or, for a name without its number, the newest; none if there is no such model."""
+    """The released model of this name or, for a name without its number, the newest; None if there is no such model."""
     found = {path.stem: path for path in MODELS.glob("*.safetensors")}
     numbered = [stem for stem in found if re.fullmatch(rf"{re.escape(name)}-\d+", stem)]
     newest = max(numbered, key=lambda stem: int(stem.rpartition("-")[2]), default=name)
@@ -234,11 +279,11 @@ def _released(name: str) -> Path | None:
 
 
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
-    """The images that files and folders name: files as given, folders searched through, by name.
+    """List the images that files and folders name: files as given, folders searched recursively, sorted by name.
 
     Raises:
-        MissingFileError: something named is not there.
-        UserError: a folder holds no image.
+        MissingFileError: a file or folder does not exist.
+        UserError: a folder holds no image, or a source is neither a file nor a folder.
     """
     found: list[Path] = []
     for source in map(Path, sources):
@@ -251,8 +296,9 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
                     f"the folder {source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
                 )
             found += inside
-        elif source.exists():
-            found.append(source)
-        else:
+        elif not source.exists():
             raise MissingFileError(f"there is no {source}; give images, or folders of images")
+        else:
+            require_regular_file(source, "image", "give images, or folders of images")
+            found.append(source)
     return found

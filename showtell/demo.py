@@ -1,10 +1,10 @@
-"""The embedded default: a captioner that learns in three minutes, from scratch, what drawn shapes are called.
+"""The demo: a captioner that learns in three minutes, from scratch, to describe drawn shapes.
 
     showtell demo
 
-First the released model, where there is one, captions the photographs inside scikit-image's package. Then the demo
-trains on scenes drawn as it goes, captions 200 images of combinations it has seen and 200 with a (colour, shape)
-combination it never saw, has every caption checked against the scene, and writes a page with all of them.
+If there is a released model, it first captions the photographs of scikit-image. The demo then trains on scenes drawn on
+the fly, captions 200 images of combinations seen in training and 200 with a (colour, shape) combination that training
+held out, checks every caption against its scene, and writes a page with the results.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from showtell import datasets, synthetic
@@ -24,40 +25,40 @@ from showtell.report import Card, Curve, Gallery, Tile, write_figure, write_page
 from showtell.train import Run, Trainer
 
 N_TRAIN, N_VAL, N_TEST = 12_000, 60, 200
-PHOTOGRAPHS = (  # of those in scikit-image's package, the ones that are of something
+PHOTOGRAPHS = (  # of scikit-image's, those that show a scene or an object
     "astronaut.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "motorcycle_left.png", "rocket.jpg",
     "grass.png",
 )  # fmt: skip
 
 
 def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int = N_TRAIN, epochs: int = 0) -> dict:
-    """Learns, captions, judges, writes `index.html` and `demo.png`, and prints where they are.
+    """Train, caption and check, write `index.html` and `demo.png`, and print where they are.
 
     Args:
-        out: the folder; an earlier demo in it is replaced.
-        seed: of the scenes and of training.
+        out: the output folder: new, empty, or an earlier demo's, which is replaced.
+        seed: random seed of the scenes and of training.
         device: where to compute.
-        n_train: how many scenes to learn from.
-        epochs: how often each is seen; 0 for the recipe's number.
+        n_train: number of training scenes.
+        epochs: passes over them; 0 for the recipe's number.
 
     Returns:
-        the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; they
-        are in `demo.json` too.
+        the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; also
+        written to `demo.json`.
 
     Raises:
-        UserError: the folder holds a run that is no demo, or is in use.
+        UserError: the folder holds something else, or is in use.
     """
     started = time.monotonic()
     folder = Path(out)
-    _make_way(folder)
+    _prepare(folder)
     photographs = caption_photographs(device)
     if photographs:
-        print("the released model says of the photographs inside scikit-image:")
+        print("captions of scikit-image's photographs by the released model:")
     for card in photographs:
         print(f"  {card.title:<20} {card.predicted}")
     recipe = recipe_named("demo").with_settings({"epochs": epochs} if epochs else {})
     print(
-        f"learning from {n_train:,} drawn scenes of coloured shapes ({len(synthetic.HELD_OUT)} combinations held out) …"
+        f"training on {n_train:,} drawn scenes of coloured shapes ({len(synthetic.HELD_OUT)} combinations held out) …"
     )
     trainer = Trainer(
         recipe,
@@ -82,7 +83,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
             "validation": [(r["epoch"], r["val_loss"]) for r in history],
         },
         "epoch",
-        "nats a word",
+        "nats per word",
     )
     cards_seen = [_card(*row, f"seen {i}") for i, row in enumerate(seen)]
     cards_unseen = [_card(*row, f"unseen {i}") for i, row in enumerate(unseen)]
@@ -90,17 +91,17 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
         folder / "index.html",
         "showtell demo",
         f"A captioner trained from scratch on {n_train:,} drawn scenes in {_minutes(time.monotonic() - started)}. "
-        "A caption counts as right only if it names number, colour and shape of everything and all it says is true.",
+        "A caption is right only if it names the number, colour and shape of everything, and all it states is true.",
         [
-            Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} images never shown in training"),
-            Tile("right, unseen combinations", f"{rates['unseen']:.1%}", "a colour and shape never seen together"),
+            Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} new images"),
+            Tile("right, unseen combinations", f"{rates['unseen']:.1%}", "colour and shape never seen together"),
             Tile("best constant caption", f"{rates['constant']:.1%}", "the same words for every image"),
             Tile("validation perplexity", f"{history[-1]['val_perplexity']:.2f}", "per word"),
         ],
         [
             *([Gallery("Photographs, by the released model", photographs)] if photographs else []),
             Gallery("Combinations seen in training", cards_seen),
-            Gallery("Combinations of colour and shape never seen together", cards_unseen),
+            Gallery("Combinations not seen in training", cards_unseen),
             curve,
         ],
     )
@@ -115,12 +116,12 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
         f"right captions: {rates['seen']:.1%} of {len(seen)} images of seen combinations, {rates['unseen']:.1%} of "
         f"{len(unseen)} of unseen ones; the best constant caption: {rates['constant']:.1%}"
     )
-    print(f"the page: {page}\nthe image: {figure}\n{_minutes(time.monotonic() - started)} in all")
+    print(f"page: {page}\nfigure: {figure}\ntotal time: {_minutes(time.monotonic() - started)}")
     return rates
 
 
 def caption_photographs(device: str = "cpu") -> list[Card]:
-    """What the released model says of scikit-image's photographs; empty where there is no such model or package."""
+    """Caption scikit-image's photographs with the released model; empty if model or package is not installed."""
     package = importlib.util.find_spec("skimage")
     folder = Path(package.origin).parent / "data" if package else Path()
     paths = [folder / name for name in PHOTOGRAPHS if package and (folder / name).is_file()]
@@ -132,11 +133,11 @@ def caption_photographs(device: str = "cpu") -> list[Card]:
     return [Card(path, path.name, c.text, (), c.pieces, c.word_probs, c.score) for path, c in found]
 
 
-def _make_way(folder: Path) -> None:
-    """Marks the folder as a demo's, and takes away what an earlier demo would go on from; no other run is touched."""
+def _prepare(folder: Path) -> None:
+    """Mark the folder as a demo's, and remove the run of an earlier demo; refuse a folder of anything else."""
     mark = folder / "demo.json"
-    if (folder / "run.json").exists() and not mark.exists():
-        raise UserError(f"{folder} holds a run that is no demo; choose another --out, or remove the folder yourself")
+    if folder.is_dir() and not mark.exists() and any(path.name != "lock" for path in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no demo; choose another --out, or remove the folder yourself")
     with lock(folder, "is training in"):
         write_json(mark, {})
         for name in ("resume.pt", "best.safetensors", "last.safetensors", "training_log.txt", "training_log.jsonl"):
@@ -147,18 +148,16 @@ Judged = tuple[synthetic.Scene, Caption, synthetic.Verdict]
 
 
 def judge(captioner: Captioner, scenes: SyntheticSet, beam_size: int = 3) -> list[Judged]:
-    """Captions every scene of a set and checks what was said against what is there."""
+    """Caption every scene of a set and check each caption against its scene."""
+    images = [partial(scenes.image, i) for i in range(len(scenes))]
     rows: list[Judged] = []
-    for start in range(0, len(scenes), 100):
-        chunk = range(start, min(start + 100, len(scenes)))
-        features = captioner.encode([scenes.image(i) for i in chunk])
-        for i, (caption,) in zip(chunk, captioner.decode(features, beam_size), strict=True):
-            rows.append((scenes.scene(i), caption, synthetic.check(caption.text, scenes.scene(i))))
+    for i, (caption,) in captioner.caption_stream(images, batch_size=100, beam_size=beam_size):
+        rows.append((scenes.scene(i), caption, synthetic.check(caption.text, scenes.scene(i))))
     return rows
 
 
 def best_constant(train_set: SyntheticSet, scenes: list[synthetic.Scene], candidates: int = 50) -> float:
-    """The rate of right captions of the best single sentence among the training set's commonest."""
+    """The rate of right captions if every scene got the same one: the best of the most frequent in training."""
     common = [sentence for sentence, _ in Counter(train_set.all_captions()).most_common(candidates)]
     verdicts = ([synthetic.check(sentence, scene) for scene in scenes] for sentence in common)
     return max(sum(v.true and v.complete for v in row) / len(scenes) for row in verdicts)
@@ -183,7 +182,7 @@ def _card(scene: synthetic.Scene, caption: Caption, verdict: synthetic.Verdict, 
 
 
 def _mixed(cards: list[Card], n: int) -> list[Card]:
-    """The first cards, and among them one that is wrong if there is any."""
+    """The first `n` cards, the last of them a wrong one if there is any."""
     right, wrong = ([card for card in cards if card.ok is verdict] for verdict in (True, False))
     chosen = right[: n - len(wrong[:1])]
     return chosen + wrong[: n - len(chosen)]

@@ -1,12 +1,46 @@
-"""The exceptions for a user's mistake: the message says what was given, what is accepted and what to type next."""
+"""The exceptions for a user's mistake, and the sentences that the command line prints instead of a traceback.
+
+A message says what was given, what is accepted and what to do next.
+"""
+
+import errno
+import re
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the command line prints the message alone, without a traceback."""
+    """A mistake in what the user gave; the command line prints the message without a traceback."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder the user named is not there."""
+    """A file or folder that the user named does not exist."""
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def explain(error: Exception) -> str:
+    """Say what went wrong and what to do about it; empty for a defect of the program, which deserves its traceback."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object!r:.200} is not valid Unicode; rename the file or folder"
+    if isinstance(error, OverflowError):
+        return f"a number is too large to compute with ({error}); give a smaller one"
+    if not isinstance(error, OSError):
+        memory = isinstance(error, MemoryError) or re.search("(out of|not enough|allocate) memory", str(error))
+        return "out of memory; give a smaller --batch-size or --beam-size, or smaller images" if memory else ""
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    verb = "write" if full or error.errno == errno.EROFS else "open"
+    remedy = "choose another path"
+    if full or error.errno in (errno.EACCES, errno.EPERM):
+        remedy = f"{'free space' if full else 'change the permissions'} or {remedy}"
+    name = f" {error.filename}" if error.filename else ""
+    reason = error.strerror or str(error)
+    if isinstance(error, (FileExistsError, NotADirectoryError)):  # of a folder to be made or listed
+        reason = "it is not a folder"
+    return f"cannot {verb}{name}: {reason}; {remedy}"
+
+
+def printable(name: object) -> str:
+    """Show the bytes of a file name that are not UTF-8, which Python keeps as lone surrogates, as `\\xe9`."""
+    return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", str(name))

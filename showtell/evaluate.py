@@ -192,7 +192,7 @@ def evaluate(
     loader = image_loader(samples, 50)
     losses: list[Loss] = []
     found = write_captions(
-        captioner.model, loader, captioner.rules(), beam_size, captioner.device, progress, losses=losses
+        captioner.model, loader, captioner.decoding_options(), beam_size, captioner.device, progress, losses=losses
     )
     if not found:
         raise UserError(

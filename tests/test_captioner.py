@@ -1,9 +1,10 @@
-"""The captioner: how it is opened, and that it captions the same one by one, in batches and from files."""
+"""The captioner: how it is loaded, and that one image, a batch and a stream of files give the same captions."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ MAX_LEN = 9
 
 
 def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -> Path:
-    """Saves an untrained captioner whose captions, though nonsense, differ from image to image and are sure."""
+    """Save an untrained captioner whose captions, though nonsense, differ from image to image and are confident."""
     torch.manual_seed(seed)
     arguments = {"name": decoder, "embed_size": 16, "hidden_size": 16, "vocab_size": len(VOCAB)}
     if decoder == "transformer":
@@ -41,7 +42,7 @@ def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -
         head = next(part for part in model.encoder.embed.modules() if isinstance(part, torch.nn.Linear))
         head.weight *= 1.5 / model.encoder(images).std(0).mean()
         head.bias -= model.encoder(images).flatten(0, -2).mean(0)
-        for parameter in model.decoder.parameters():  # of our own, whatever a fresh decoder begins with
+        for parameter in model.decoder.parameters():  # whatever the initialisation of the decoder
             if parameter.dim() > 1:
                 parameter.normal_(std=0.5)
         model.decoder.linear.bias.zero_()[VOCAB.end_id] -= 0.4
@@ -51,7 +52,7 @@ def lively_checkpoint(path: Path, decoder: str = "transformer", seed: int = 4) -
 
 
 def save_images(folder: Path, n: int, seed: int = 0, size: int = 32) -> list[Path]:
-    """Draws `n` scenes as PNG files."""
+    """Draw `n` scenes as PNG files."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i:05d}.png" for i in range(n)]
     for i, path in enumerate(paths):
@@ -123,46 +124,55 @@ def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch)
         find_model("class")
 
 
-def test_with_no_released_model_it_says_so(tmp_path, monkeypatch):
+def test_without_a_released_model_the_error_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", tmp_path)
-    with pytest.raises(MissingFileError, match=r"no model is released .*--model .*showtell train --help"):
+    with pytest.raises(MissingFileError, match=r"no released model is installed; .*--model .*showtell train --help"):
         load()
 
 
-def test_a_model_that_is_not_there_lists_those_that_are(checkpoints, tmp_path, monkeypatch):
+def test_a_model_that_does_not_exist_lists_the_released_ones(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
-    with pytest.raises(
-        MissingFileError, match=r"no model nonesuch; .*attend, every-step, show-tell, top-down, transformer"
-    ):
+    with pytest.raises(MissingFileError, match=rf"no model nonesuch; .*: {', '.join(sorted(DECODERS))}$"):
         find_model("nonesuch")
     with pytest.raises(MissingFileError, match=r"holds no best\.safetensors; name a checkpoint or a finished run"):
         find_model(tmp_path)
 
 
-def test_everything_comes_from_the_one_file(checkpoints):
+def test_a_pipe_or_device_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    os.mkfifo(tmp_path / "best.safetensors")
+    for path in (tmp_path / "best.safetensors", tmp_path, "/dev/zero"):
+        with pytest.raises(UserError, match=r"is no regular file .*; give a checkpoint, a run folder"):
+            find_model(path)
+    for path in (tmp_path / "photo.jpg", "/dev/zero"):
+        with pytest.raises(UserError, match=r"is no regular file .*; give images, or folders of images"):
+            find_images([path])
+
+
+def test_everything_comes_from_one_file(checkpoints):
     captioner = load(checkpoints["show-tell"], "cpu")
     assert (captioner.vocab, captioner.transform, captioner.meta["epoch"]) == (VOCAB, SMALL, 1)
     assert not captioner.model.training
     assert captioner.device.type == "cpu"
-    rules = captioner.rules()
-    assert (rules.max_len, rules.length_penalty) == (MAX_LEN, 0.5)  # those it was validated with
-    assert captioner.rules(max_len=3, allow_unk=True).max_len == 3
+    options = captioner.decoding_options()
+    assert (options.max_len, options.length_penalty) == (MAX_LEN, 0.5)  # those it was validated with
+    assert captioner.decoding_options(max_len=3, allow_unk=True).max_len == 3
 
 
 @pytest.mark.parametrize("meta", [{}, {"recipe": None}])
-def test_a_checkpoint_that_knows_nothing_of_its_making_captions_too(meta, checkpoints, images, tmp_path):
+def test_a_checkpoint_without_a_recipe_captions_too(meta, checkpoints, images, tmp_path):
     known = load_checkpoint(checkpoints["attend"])
     save_checkpoint(tmp_path / "m.safetensors", known.model, known.vocab, known.transform, meta)
     captioner = load(tmp_path / "m.safetensors", "cpu")
-    assert captioner.rules().max_len == 25
+    assert captioner.decoding_options().max_len == 25
     assert len(captioner.caption(images[0])) == 1
 
 
 # ---- Captions ----------------------------------------------------------------------------------------------------
 
 
-def test_the_stand_in_says_different_things_of_different_images(captioner, images):
-    """Or the equivalences below would hold for any mix-up."""
+def test_the_untrained_model_captions_different_images_differently(captioner, images):
+    """Otherwise the equivalences below would hold even if images were mixed up."""
     captions = [captioner.caption(path)[0] for path in images]
     assert len({caption.text for caption in captions}) >= 3
     assert all(len(caption.words) <= MAX_LEN for caption in captions)
@@ -180,7 +190,9 @@ def test_encode_once_and_decode_many_equals_caption(captioner, images):
     features = captioner.encode(images[0])
     before = features.clone()
     for beam_size in (1, 4, 2):
-        assert_same(captioner.decode(features, beam_size)[0], captioner.caption(images[0], beam_size))
+        assert_same(
+            captioner.decode(features, beam_size=beam_size)[0], captioner.caption(images[0], beam_size=beam_size)
+        )
     captioner.sample(features, n=3)
     assert torch.equal(features, before)
 
@@ -208,25 +220,30 @@ def test_n_best_are_different_and_best_first(captioner, images):
 
 def test_beam_one_is_greedy(captioner, images):
     features = captioner.encode(images)
-    expected = greedy(captioner.model.decoder, features, captioner.rules())
-    captions = captioner.decode(features, beam_size=1)
-    assert [c.words for (c,) in captions] == [[VOCAB.idx2word[i] for i in h.ids] for h in expected]
+    expected = greedy(captioner.model.decoder, features, captioner.decoding_options())
+    words = [[VOCAB.idx2word[i] for i in h.ids] for h in expected]
+    assert [c.words for (c,) in captioner.decode(features, beam_size=1)] == words
+    assert [c.words for (c,) in captioner.decode(features, "greedy")] == words
+    with pytest.raises(UserError, match=r"no decoding strategy 'luck'; .*beam, greedy, sample"):
+        captioner.decode(features, "luck")
 
 
 def test_the_score_is_that_of_the_words(captioner, images):
     """Without a penalty it is the logarithm of the product of the probabilities, the end's included."""
     features = captioner.encode(images[2])
     caption = captioner.decode(features, length_penalty=0, min_len=3)[0][0]
-    (hypothesis,) = beam_search(captioner.model.decoder, features, captioner.rules(length_penalty=0, min_len=3))[0]
+    (hypothesis,) = beam_search(
+        captioner.model.decoder, features, captioner.decoding_options(length_penalty=0, min_len=3)
+    )[0]
     end = math.exp(hypothesis.log_probs[-1])
     assert len(caption.word_probs) == len(caption.words) >= 3
     assert math.exp(caption.score) == pytest.approx(math.prod(caption.word_probs) * end, rel=1e-4)
     assert all(0 < p <= 1 for p in caption.word_probs)
 
 
-def test_rules_are_obeyed(captioner, images):
+def test_decoding_options_are_obeyed(captioner, images):
     features = captioner.encode(images)
-    for (caption,) in captioner.decode(features, 3, min_len=4, max_len=5, no_repeat_ngram=1):
+    for (caption,) in captioner.decode(features, beam_size=3, min_len=4, max_len=5, no_repeat_ngram=1):
         assert 4 <= len(caption.words) <= 5
         assert len(set(caption.words)) == len(caption.words)
         assert "<unk>" not in caption.words
@@ -247,8 +264,8 @@ def test_attention_maps_are_where_the_model_attends(captioner, images):
         assert caption.alphas.min() >= 0
 
 
-def test_attention_looks_where_the_image_is(checkpoints):
-    """Rows and columns are not swapped: features of one cell alone give an attention map with that cell apart."""
+def test_rows_and_columns_of_attention_maps_are_not_swapped(checkpoints):
+    """Features of one cell alone give an attention map in which that cell differs."""
     captioner = load(checkpoints["attend"], "cpu")
     features = torch.zeros(1, 16, 16)
     features[0, 1 * 4 + 3] = 5.0  # row 1, column 3
@@ -257,27 +274,70 @@ def test_attention_looks_where_the_image_is(checkpoints):
     assert apart.nonzero().tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("decoder", [name for name, kind in DECODERS.items() if kind.grid])
+def test_attention_maps_of_images_that_are_not_square_have_their_shape(decoder, tmp_path):
+    """Resized by its shorter side and not cropped, an image four times as wide as high has a grid of 8 x 32 cells."""
+    wide = Transform(resize=64)
+    saved = load_checkpoint(lively_checkpoint(tmp_path / "square.safetensors", decoder))
+    save_checkpoint(tmp_path / "wide.safetensors", saved.model, VOCAB, wide, saved.meta)
+    captioner = load(tmp_path / "wide.safetensors", "cpu")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, (width, height) in zip(paths, [(256, 64), (64, 256), (256, 64)], strict=True):
+        Image.fromarray(synthetic.draw(synthetic.scene(2), 64)).resize((width, height)).save(path)
+    alone = captioner.caption(paths[0], alphas=True, min_len=2)[0]
+    assert alone.alphas.shape == (len(alone.words), 8, 32)
+    results = [result for _, result in captioner.caption_stream(paths, alphas=True, min_len=2)]
+    assert [tuple(caption.alphas.shape[1:]) for (caption,) in results] == [(8, 32), (32, 8), (8, 32)]
+    assert_same(results[0], [alone])
+    torch.testing.assert_close(results[2][0].alphas, alone.alphas)
+
+    features = captioner.encode(paths[0])
+    given = captioner.decode(features, alphas=True, min_len=2, grid=(8, 32))[0][0]
+    torch.testing.assert_close(given.alphas, alone.alphas)
+    for grid in (None, (16, 8)):
+        with pytest.raises(UserError, match=r"256 cells cannot have the shape .* pass their grid=\(rows, columns\)"):
+            captioner.decode(features, alphas=True, grid=grid)
+    assert captioner.decode(features)[0][0].alphas is None
+    Image.new("RGB", (128, 64)).save(tmp_path / "half.png")
+    with pytest.raises(UserError, match="2 images do not fit in one batch"):
+        captioner.encode([paths[0], tmp_path / "half.png"])
+
+
 def test_samples_depend_on_the_seed_alone(captioner, images):
     features = captioner.encode(images[:3])
-    first = captioner.sample(features, n=4, seed=1, temperature=2.0)
+    options = {"strategy": "sample", "n_best": 4, "temperature": 2.0}
+    first = captioner.decode(features, **options, seed=1)
     torch.rand(7)
-    again = captioner.sample(features, n=4, seed=1, temperature=2.0)
-    other = captioner.sample(features, n=4, seed=2, temperature=2.0)
+    again = captioner.sample(features, n=4, temperature=2.0, seed=1)
+    other = captioner.decode(features, **options, seed=2)
     assert [len(row) for row in first] == [4, 4, 4]
     for row, same in zip(first, again, strict=True):
         assert_same(row, same)
     assert [c.words for row in first for c in row] != [c.words for row in other for c in row]
+    streamed = dict(captioner.caption_stream([images[0]] * 4, batch_size=1, **options, seed=1))
+    assert_same(streamed[0], captioner.caption(images[0], **options, seed=1))
+    assert len({str(row) for row in streamed.values()}) > 1  # the batches do not all repeat the same draw
 
 
 def test_a_cold_or_narrow_sample_is_greedy(captioner, images):
     features = captioner.encode(images[:3])
     expected = [c.words for (c,) in captioner.decode(features, beam_size=1)]
     for options in ({"temperature": 1e-4}, {"top_k": 1}, {"top_p": 1e-6}):
-        assert [c.words for (c,) in captioner.sample(features, **options)] == expected
+        assert [c.words for (c,) in captioner.decode(features, "sample", **options)] == expected
     short = captioner.sample(features, n=2, max_len=2, alphas=True)
     assert all(len(caption.words) <= 2 for row in short for caption in row)
     with pytest.raises(UserError, match="temperature > 0"):
-        captioner.sample(features, temperature=0)
+        captioner.decode(features, "sample", temperature=0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("strategy", ["beam", "greedy"])
+def test_a_model_with_damaged_weights_gives_an_error_and_no_caption(strategy, value, checkpoints, images):
+    captioner = load(checkpoints["attend"], "cpu")
+    with torch.no_grad():
+        captioner.model.decoder.linear.bias.fill_(value)
+    with pytest.raises(UserError, match="not finite, so it is damaged"):
+        captioner.caption(images[0], strategy)
 
 
 # ---- Files -------------------------------------------------------------------------------------------------------
@@ -286,12 +346,15 @@ def test_a_cold_or_narrow_sample_is_greedy(captioner, images):
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_files_come_back_in_order_whatever_the_batch(batch_size, captioner, images):
     results = list(captioner.caption_files(images, batch_size, beam_size=3, n_best=2))
+    streamed = list(captioner.caption_stream(list(map(read_image, images)), batch_size, beam_size=3, n_best=2))
     assert [path for path, _ in results] == images
-    for path, captions in results:
+    assert [index for index, _ in streamed] == list(range(len(images)))
+    for (path, captions), (_, same) in zip(results, streamed, strict=True):
         assert_same(captions, captioner.caption(path, beam_size=3, n_best=2))
+        assert_same(captions, same)
 
 
-def test_a_file_that_cannot_be_read_takes_its_place_among_the_others(checkpoints, images, tmp_path):
+def test_a_file_that_cannot_be_read_keeps_its_place_among_the_others(checkpoints, images, tmp_path):
     captioner = load(checkpoints["show-tell"], "cpu")
     text, absent = tmp_path / "note.jpg", tmp_path / "absent.png"
     text.write_text("not an image")
@@ -307,13 +370,14 @@ def test_a_file_that_cannot_be_read_takes_its_place_among_the_others(checkpoints
     assert [type(result) for _, result in captioner.caption_files([text, text])] == [BrokenImageError] * 2
 
 
-def test_one_image_that_cannot_be_read_is_an_error(checkpoints, tmp_path):
-    captioner = load(checkpoints["show-tell"], "cpu")
+@pytest.mark.parametrize("name", ["caption", "encode"])
+def test_one_image_that_cannot_be_read_is_an_error(name, checkpoints, tmp_path):
+    method = getattr(load(checkpoints["show-tell"], "cpu"), name)
     (tmp_path / "empty.png").touch()
     with pytest.raises(BrokenImageError, match=r"empty\.png .*0 bytes"):
-        captioner.caption(tmp_path / "empty.png")
+        method(tmp_path / "empty.png")
     with pytest.raises(MissingFileError, match=r"no image .*absent\.png"):
-        captioner.caption(tmp_path / "absent.png")
+        method(tmp_path / "absent.png")
 
 
 def test_images_are_found_by_name_through_all_folders(tmp_path):
@@ -324,7 +388,7 @@ def test_images_are_found_by_name_through_all_folders(tmp_path):
     (tmp_path / "album.jpg").mkdir()  # a folder, whatever its name
     assert find_images([tmp_path]) == sorted(tmp_path / name for name in inside)
     given = [tmp_path / "notes.txt", tmp_path / "b.PNG"]
-    assert find_images(given) == given  # what is named is taken at its word
+    assert find_images(given) == given  # a file named is taken, whatever its suffix
     with pytest.raises(UserError, match=r"album\.jpg holds no images \(.*\.jpg.*\); name another"):
         find_images([tmp_path / "album.jpg"])
     with pytest.raises(MissingFileError, match=r"there is no .*absent; give images"):
@@ -338,14 +402,14 @@ def test_a_caption_as_plain_values():
     ids = [VOCAB(word) for word in "a red circle".split()]
     looked = torch.full((3, 4), 0.25)
     hypothesis = Hypothesis(ids, [math.log(0.5), math.log(0.25), 0.0, math.log(0.125)], -1.23456, looked)
-    caption = Caption.of(hypothesis, VOCAB)
+    caption = Caption.of(hypothesis, VOCAB, (2, 2))
     assert caption.alphas.shape == (3, 2, 2)
     expected = {"text": "A red circle", "score": -1.2346, "words": ["a", "red", "circle"], "word_probs": [0.5, 0.25, 1]}
     assert caption.to_dict() == expected
     assert json.loads(json.dumps(caption.to_dict())) == expected
 
 
-def test_an_empty_caption_is_one_too():
-    caption = Caption.of(Hypothesis([], [-0.5], -0.5, torch.zeros(0, 16)), VOCAB)
+def test_an_empty_caption_is_a_caption():
+    caption = Caption.of(Hypothesis([], [-0.5], -0.5, torch.zeros(0, 16)), VOCAB, (4, 4))
     assert caption.to_dict() == {"text": "", "score": -0.5, "words": [], "word_probs": []}
     assert caption.alphas.shape == (0, 4, 4)

@@ -1,4 +1,4 @@
-"""The demo: shrunk, it does all it should; its judging is right about captions that are known; real, it learns."""
+"""The demo: a small one writes and prints all it should, known captions are judged correctly, the real one learns."""
 
 from __future__ import annotations
 
@@ -30,17 +30,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Says:
-    """A captioner that says of each image what a function of its pixels says."""
+    """A captioner whose caption of an image is a function of its pixels."""
 
     def __init__(self, sentence_of) -> None:
         self.sentence_of = sentence_of
 
-    def encode(self, images: list[torch.Tensor]) -> list[torch.Tensor]:
-        return images
-
-    def decode(self, images: list[torch.Tensor], beam_size: int) -> list[list[Caption]]:
-        sentences = [self.sentence_of(image) for image in images]
-        return [[Caption(text, -1.0, text.lower().split(), [0.5] * len(text.split()))] for text in sentences]
+    def caption_stream(self, sources: list, **_: int):
+        for i, source in enumerate(sources):
+            text = self.sentence_of(source())
+            yield i, [Caption(text, -1.0, text.lower().split(), [0.5] * len(text.split()))]
 
 
 def scenes_of(n: int = 250, split: str = "test") -> datasets.SyntheticSet:
@@ -52,7 +50,7 @@ def by_pixels(scenes: datasets.SyntheticSet) -> dict[bytes, synthetic.Scene]:
 
 
 def whole_truth(scene: synthetic.Scene) -> str:
-    """A sentence that names everything there is."""
+    """A sentence that names everything in the scene."""
     return next(s for s in synthetic.describe(scene, n=5) if synthetic.check(s, scene).complete)
 
 
@@ -84,12 +82,12 @@ def test_a_perfect_captioner_is_always_right(split):
     scenes = scenes_of(split=split)
     known = by_pixels(scenes)
     rows = demo.judge(Says(lambda image: whole_truth(known[image.numpy().tobytes()])), scenes)
-    assert [scene for scene, *_ in rows] == [scenes.scene(i) for i in range(250)]  # over the edge of a chunk too
+    assert [scene for scene, *_ in rows] == [scenes.scene(i) for i in range(250)]  # more than two batches
     assert demo._rate(rows) == 1.0
 
 
 def test_a_caption_of_another_image_is_mostly_wrong():
-    """The judge sees which caption belongs to which image."""
+    """Captions are checked against the image they belong to."""
     scenes = scenes_of(120)
     sentences = [whole_truth(scenes.scene(i)) for i in range(120)]
     shifted = iter(sentences[1:] + sentences[:1])
@@ -164,7 +162,7 @@ def small(tmp_path_factory):
     return folder, rates, "\n".join(printed)
 
 
-def test_it_writes_a_page_a_image_and_a_model(small):
+def test_it_writes_a_page_a_figure_and_a_model(small):
     folder, _, _ = small
     page = (folder / "index.html").read_text()
     assert page.count('<li class="card') == 40 + len(demo.PHOTOGRAPHS)
@@ -204,25 +202,29 @@ def test_an_earlier_demo_is_replaced_and_nothing_else_of_the_folder(small, monke
     assert len((folder / "training_log.txt").read_text().splitlines()) == 2  # of this run alone
 
 
-def test_a_run_that_is_no_demo_is_left_alone(tmp_path, capsys):
-    run = tmp_path / "overnight"
-    run.mkdir()
-    for name in ("run.json", "resume.pt", "best.safetensors"):
-        (run / name).write_text("weeks of work")
-    assert main(["demo", "--out", str(run), "--device", "cpu"]) == 2
+@pytest.mark.parametrize("names", [["run.json", "resume.pt", "best.safetensors"], ["best.safetensors"], ["notes.txt"]])
+def test_a_folder_that_holds_no_demo_is_left_alone(names, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in names:
+        (folder / name).write_text("weeks of work")
+    assert main(["demo", "--out", str(folder), "--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert said == f"showtell: {run} holds a run that is no demo; choose another --out, or remove the folder yourself\n"
-    assert sorted(os.listdir(run)) == ["best.safetensors", "resume.pt", "run.json"]
-    assert (run / "resume.pt").read_text() == "weeks of work"
+    expected = f"{folder} is not empty and holds no demo; choose another --out, or remove the folder yourself"
+    assert said == f"showtell: {expected}\n"
+    assert {path.name: path.read_text() for path in folder.iterdir()} == dict.fromkeys(names, "weeks of work")
+    file = folder / names[0]
+    assert main(["demo", "--out", str(file), "--device", "cpu"]) == 2
+    assert capsys.readouterr().err == f"showtell: cannot open {file}: it is not a folder; choose another path\n"
 
 
-def test_a_demo_under_way_is_not_disturbed(tmp_path):
+def test_a_running_demo_is_not_disturbed(tmp_path):
     with lock(tmp_path, "is training in"), pytest.raises(UserError, match=r"is training in .*choose another folder"):
         demo.run(str(tmp_path), n_train=64, epochs=1)
     assert os.listdir(tmp_path) == ["lock"]
 
 
-def test_stopped_it_says_how_to_begin_again(tmp_path, monkeypatch, capsys):
+def test_when_stopped_it_prints_how_to_start_again(tmp_path, monkeypatch, capsys):
     from showtell.train import Stopped
 
     def stops(*_):
@@ -230,7 +232,7 @@ def test_stopped_it_says_how_to_begin_again(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "run", stops)
     assert main(["demo", "--out", str(tmp_path / "a demo"), "--device", "cpu"]) == 130
-    expected = f"showtell: stopped; to begin the demo again, type: showtell demo --out '{tmp_path / 'a demo'}'\n"
+    expected = f"showtell: stopped; to start the demo again, type: showtell demo --out '{tmp_path / 'a demo'}'\n"
     assert capsys.readouterr().err == expected
 
 
