@@ -1,61 +1,66 @@
 """The command line: `showtell demo | train | evaluate | score | caption | export | import-legacy`, each with `--help`.
 
-A user's mistake ends in one sentence on standard error and exit code 2; a stopped run in 130; never in a traceback.
+A user's mistake prints one sentence on standard error, never a traceback. Exit codes: 0 success, 1 an image could not
+be captioned or is damaged, 2 a mistake, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
-import json
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from showtell import __version__
-from showtell.errors import UserError
-from showtell.files import write_text
+from showtell.errors import UserError, explain, json_text, print_text, printable
+from showtell.files import atomic_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
-    # Before torch is loaded: its threads spin a little and then sleep while they wait. With the default, a busy
-    # machine loses nine tenths of its time to spinning (60 small steps: 50 s of CPU against 5).
+    """Run one command and return its exit code."""
+    # Before torch is loaded: its threads spin briefly before they sleep. With the default, a busy machine loses nine
+    # tenths of its time to spinning (60 small steps: 50 s of CPU time instead of 5).
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: _say(f"note: {message}")
+            argv = sys.argv[1:] if argv is None else argv
+            if "" in argv:  # as a path, it would be the current folder
+                raise UserError("an argument is empty; give it a value, or leave it out")
             args = _parser().parse_args(argv)
             return args.command(args)
-    except UserError as error:
-        _say(f"showtell: {error}")
-        return 2
     except KeyboardInterrupt:
         _say("showtell: stopped")
         return 130
     except BrokenPipeError:  # `showtell … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it shuts down
         return 141
-    except OSError as error:  # a full disk, a folder without permission
-        what = error.filename or "to read or write"
-        _say(f"showtell: the system refuses {what} ({error.strerror or error}); mend that or name another place")
+    except (UserError, OSError, UnicodeEncodeError, OverflowError, MemoryError, RuntimeError) as error:
+        if not (sentence := explain(error)):
+            raise
+        _say(f"showtell: {sentence}")
         return 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says a mistake in one sentence, as everything else does, without the usage around it."""
+    """Report a mistake in one sentence, as everything else does, without the usage around it."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; type {self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="showtell", description="Learns to caption images, and captions yours.")
+    from showtell.recipes import RECIPES
+
+    parser = _Parser(prog="showtell", description="Train image captioners, and caption images.")
     parser.add_argument("--version", action="version", version=f"showtell {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -64,51 +69,49 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=run)
         return command
 
-    demo = add("demo", _demo, "learn to caption drawn shapes in three minutes, and write a page about it")
-    demo.add_argument("--out", default="runs/demo", help="where to write (default runs/demo)")
+    demo = add("demo", _demo, "train a small captioner on drawn shapes in three minutes, and write a page of results")
+    demo.add_argument("--out", default="runs/demo", help="output folder (default runs/demo)")
     _add_common(demo)
 
-    train = add("train", _train, "train a captioner; Ctrl-C saves it, --resume goes on")
+    train = add("train", _train, "train a captioner; Ctrl-C saves the run, --resume continues it")
     _add_data(train, None)
-    train.add_argument("--out", required=True, help="the run folder")
-    train.add_argument("--recipe", help="a complete setting by name: " + ", ".join(_recipe_names()))
-    train.add_argument("--decoder", help="show-tell, every-step, attend, top-down or transformer")
-    train.add_argument("--encoder", help="a backbone: resnet50, tiny, any of torchvision, timm/NAME")
-    train.add_argument("--encoder-weights", metavar="FILE", help="the backbone's weights (default: ImageNet's)")
-    train.add_argument(
-        "--init", metavar="MODEL", help="a trained model to start from, by path or name; its recipe, too"
-    )
-    train.add_argument("--epochs", type=int)
-    train.add_argument("--batch-size", type=int)
-    train.add_argument("--lr", type=float)
+    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--recipe", help="named settings: " + ", ".join(sorted(RECIPES)))
+    train.add_argument("--decoder", help="decoder name, such as show-tell or attend; an unknown name lists all")
+    train.add_argument("--encoder", help="backbone name: resnet50, tiny, any other of torchvision, timm/NAME")
+    train.add_argument("--encoder-weights", metavar="FILE", help="backbone weights (default: ImageNet weights)")
+    train.add_argument("--init", metavar="MODEL", help="trained model to start from, by path or name")
+    train.add_argument("--epochs", type=_int)
+    train.add_argument("--batch-size", type=_int)
+    train.add_argument("--lr", type=_number, help="highest learning rate")
     train.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
         help="any other setting of the recipe",
     )  # fmt: skip
     # None where a flag is not given: `Run` has the defaults, and --resume those of the run.
-    train.add_argument("--subset", type=int, help="train on so many images only, to tune settings")
-    train.add_argument("--val-images", type=int, help="images scored each epoch (default 1000, 0 is all)")
-    train.add_argument("--best-by", help="CIDEr, Bleu_4, Bleu_1, ROUGE_L or loss (default CIDEr)")
-    train.add_argument("--patience", type=int, help="stop after so many epochs without a better one")
+    train.add_argument("--subset", type=_int, metavar="N", help="train on N images only, to tune settings")
+    train.add_argument("--val-images", type=_int, metavar="N", help="images to score per epoch (default 1000; 0: all)")
+    train.add_argument("--best-by", metavar="METRIC", help="metric or loss that selects the best epoch (default CIDEr)")
+    train.add_argument("--patience", type=_int, metavar="N", help="stop after N epochs without improvement")
     features = train.add_mutually_exclusive_group()
-    features.add_argument("--features", help="the feature cache (default runs/features)")
+    features.add_argument("--features", metavar="DIR", help="feature cache (default runs/features)")
     features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from images")
-    train.add_argument("--workers", type=int, help="loader processes")
-    train.add_argument("--tensorboard", action="store_const", const=True, help="write TensorBoard's event files too")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    train.add_argument("--dry-run", action="store_true", help="say what would be trained on what, and stop")
+    train.add_argument("--workers", type=_int, metavar="N", help="data loading processes")
+    train.add_argument("--tensorboard", action="store_const", const=True, help="also write TensorBoard event files")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--dry-run", action="store_true", help="print what would be trained on which data, and exit")
     _add_common(train, None)
 
-    evaluate = add("evaluate", _evaluate, "caption a split with a model and score it")
+    evaluate = add("evaluate", _evaluate, "caption a split of a data set and score the captions")
     _add_model(evaluate)
     _add_data(evaluate)
-    evaluate.add_argument("--split", default="val", help="default val; run test once, for a release")
-    evaluate.add_argument("--out", help="folder for captions.json (default: beside the model, or in runs/)")
-    evaluate.add_argument("--html", metavar="FILE", help="write a report to look at")
-    evaluate.add_argument("--limit", type=int, default=0, help="so many images only")
-    evaluate.add_argument("--spice", action="store_true", help="compute SPICE too (Java; fetches a large file once)")
-    _add_decoding(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1")
+    evaluate.add_argument("--split", default="val", help="split to caption (default val); keep test for a release")
+    evaluate.add_argument("--out", metavar="DIR", help="folder for captions.json (default: beside the model)")
+    evaluate.add_argument("--html", metavar="FILE", help="write an HTML report")
+    evaluate.add_argument("--limit", type=_int, default=0, metavar="N", help="evaluate N images only")
+    evaluate.add_argument("--spice", action="store_true", help="also compute SPICE (Java; downloads a large file once)")
+    evaluate.add_argument("--beam-size", type=_int, default=5, metavar="N", help="beam size; 1 is greedy (default 5)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document, scores from 0 to 1")
     _add_common(evaluate)
 
     _add_score(add("score", _score, "score any captions against references, without a model"))
@@ -116,15 +119,26 @@ def _parser() -> argparse.ArgumentParser:
     caption = add("caption", _caption, "caption images and folders of images")
     caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
     _add_model(caption)
-    _add_decoding(caption)
-    caption.add_argument("--n-best", type=int, default=1, help="captions an image (default 1)")
+    caption.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
+    for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
+        ("--n-best", _int, "captions per image (default 1)"),
+        ("--beam-size", _int, "beam size; 1 is greedy (default 5)"),
+        ("--temperature", _number, "with --sample: above 1, more varied (default 1)"),
+        ("--top-k", _int, "with --sample: use the N most likely words only"),
+        ("--top-p", _number, "with --sample: use the most likely words that together reach probability N"),
+        ("--min-len", _int, "fewest words (default 0)"),
+        ("--max-len", _int, "most words (default 25, or the model's own)"),
+        ("--length-penalty", _number, "divide scores by length ** N (default 0.7, or the model's own)"),
+        ("--no-repeat-ngram", _int, "never repeat N words in a row"),
+    ):
+        caption.add_argument(flag, type=kind, metavar="N", help=summary)
     output = caption.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON document")
-    output.add_argument("--csv", metavar="FILE", help="write image, caption, score")
+    output.add_argument("--csv", metavar="FILE", help="write a table of image, caption, score")
     output.add_argument("--html", metavar="FILE", help="write a page with the images")
     _add_common(caption)
 
-    export = add("export", _export, "write a model for sharing: one file of half the size, or as the ancestors have it")
+    export = add("export", _export, "write a model for sharing: in half the size, or as other repositories' files")
     _add_model(export)
     export.add_argument(
         "--format", choices=["half", "legacy"], required=True,
@@ -132,48 +146,47 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     export.add_argument("--out", required=True, metavar="FILE|DIR")
 
-    legacy = add("import-legacy", _import_legacy, "turn an ancestor's weights and vocabulary into a checkpoint")
+    legacy = add("import-legacy", _import_legacy, "convert the .pkl files of other repositories to a checkpoint")
     legacy.add_argument("encoder", metavar="ENCODER.pkl")
     legacy.add_argument("decoder", metavar="DECODER.pkl")
     legacy.add_argument("vocab", metavar="vocab.pkl")
-    legacy.add_argument("--out", required=True, metavar="M", help="the checkpoint to write, NAME.safetensors")
+    legacy.add_argument("--out", required=True, metavar="M", help="checkpoint to write, NAME.safetensors")
     legacy.add_argument("--squash", action="store_true", help="the model was trained on images squashed to 224 x 224")
     return parser
 
 
-def _recipe_names() -> list[str]:
-    return [
-        "classic",
-        "coco-show-tell",
-        "demo",
-        "flickr8k-attend",
-        "flickr8k-every-step",
-        "flickr8k-show-tell",
-        "flickr8k-top-down",
-        "flickr8k-transformer",
-    ]
-
-
 def _add_common(parser: argparse.ArgumentParser, seed: int | None = 0) -> None:
-    parser.add_argument("--seed", type=_seed, default=seed, help="of everything random (default 0)")
+    parser.add_argument("--seed", type=_seed, default=seed, help="random seed (default 0)")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
 
 
 def _seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed, a whole number from 0 to {2**32 - 1}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0 to {2**32 - 1}")
     return int(text)
+
+
+def _number(text: str, kind: type = float) -> float:
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if value == 0 or 1e-9 <= abs(value) <= 2e9:  # nan is not
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from -2e9 to 2e9")
+
+
+_int = partial(_number, kind=int)
 
 
 def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:
     from showtell.datasets import READERS
 
-    parser.add_argument("--dataset", default=dataset, help=f"{', '.join(READERS)} (default synthetic); several: a,b")
-    parser.add_argument("--data-dir", metavar="DIR", help="its folder, such as data/flickr8k")
+    names = f"{', '.join(READERS)} (default synthetic); several: a,b"
+    parser.add_argument("--dataset", default=dataset, metavar="NAME", help=names)
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data set, such as data/flickr8k")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="M", help="a checkpoint, a run folder or a released model's name")
+    parser.add_argument("--model", metavar="M", help="checkpoint, run folder or released model (the default)")
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -185,9 +198,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a report on one system")
     parser.add_argument("--images", metavar="DIR", help="the images, for the report")
     parser.add_argument("--allow-missing", action="store_true", help="score the images that are on both sides")
-    parser.add_argument(
-        "--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, as in publications"
-    )
+    parser.add_argument("--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, as in papers")
     parser.add_argument(
         "--document-frequencies", metavar="CAPTIONS",
         help="captions for CIDEr-D's document frequencies (default: the references)",
@@ -199,10 +210,6 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_seed, default=0, help="random seed of intervals and p-values (default 0)")
 
 
-def _add_decoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--beam-size", type=int, default=5, help="1 is greedy (default 5)")
-
-
 def _device(args: argparse.Namespace) -> str:
     import torch
 
@@ -211,15 +218,12 @@ def _device(args: argparse.Namespace) -> str:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserError(f"--device {device} cannot be used here ({reason}); give cpu, or leave it out") from None
+        raise UserError(f"--device {device} is not available ({reason}); give cpu, or leave it out") from None
     return device
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------- the commands
+    print_text(text, sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -229,7 +233,7 @@ def _demo(args: argparse.Namespace) -> int:
     try:
         run(args.out, args.seed, _device(args))
     except Stopped:
-        _say(f"showtell: stopped; to begin the demo again, type: showtell demo --out {shlex.quote(args.out)}")
+        _say(f"showtell: stopped; to start the demo again, type: showtell demo --out {shlex.quote(args.out)}")
         return 130
     return 0
 
@@ -240,6 +244,7 @@ def _train(args: argparse.Namespace) -> int:
     from showtell.recipes import Recipe, recipe_named
     from showtell.train import Run, Stopped, Trainer
 
+    _check_outputs([], args.out)
     settings = _settings(args)
     begun = ("dataset", "init", "seed", "subset", "val_images", "best_by")
     free = ("data_dir", "patience", "tensorboard", "features")  # may change while a run goes on
@@ -328,12 +333,12 @@ def _refuse_changes(args: argparse.Namespace, settings: dict[str, object], run: 
 def _evaluate(args: argparse.Namespace) -> int:
     from showtell.evaluate import evaluate
 
-    _refuse_folders(args.html)
+    _check_outputs([args.html], args.out)
     result = evaluate(
         args.model, args.dataset, args.data_dir, args.split, args.beam_size, device=_device(args), limit=args.limit,
         out=args.out, html=args.html, spice=args.spice, seed=args.seed,
     )  # fmt: skip
-    print(json.dumps(result.to_json(), indent=1, ensure_ascii=False) if args.json else result.table())
+    print_text(json_text(result.to_json()) if args.json else result.table())
     return 0
 
 
@@ -358,10 +363,8 @@ def _score(args: argparse.Namespace) -> int:
         allow_missing=args.allow_missing, java=args.java, spice=args.spice, intervals=args.intervals,
         training_captions=training, seed=args.seed,
     )  # fmt: skip
-    if args.json:
-        print(json.dumps({result.name: result.to_json() for result in results}, indent=1, ensure_ascii=False))
-    else:
-        print(scoring.format_table(results))
+    document = {result.name: result.to_json() for result in results}
+    print_text(json_text(document) if args.json else scoring.format_table(results))
     if args.html:
         about = f"{results[0].name} against {args.references}"
         write_results(args.html, results[0], read_captions(args.references), image, about)
@@ -371,40 +374,37 @@ def _score(args: argparse.Namespace) -> int:
 
 def _caption(args: argparse.Namespace) -> int:
     from showtell.captioner import find_images, load
-    from showtell.transforms import frames
 
-    if args.beam_size < 1 or args.n_best < 1:
-        raise UserError(f"--beam-size {args.beam_size} --n-best {args.n_best}: give whole numbers from 1 up")
-    _refuse_folders(args.csv, args.html)
+    options = _decoding(args)
+    _check_outputs([args.csv, args.html])
     paths = find_images(args.sources)
     captioner = load(args.model, _device(args))
-    results = captioner.caption_files(paths, beam_size=args.beam_size, n_best=args.n_best)
+    results = captioner.caption_files(paths, **options)
     if len(paths) > 32:
         from tqdm import tqdm
 
         results = tqdm(results, total=len(paths), desc="captions", unit=" images")
-    done, broken = [], []
-    plain = not (args.json or args.csv or args.html)
+    done, broken, damaged = [], [], False
     for path, result in results:
         if isinstance(result, UserError):
             broken.append((path, result))
             continue
         done.append((path, result))
-        if path.suffix.lower() in (".gif", ".webp", ".tif", ".tiff") and (n := frames(path)) > 1:
-            _say(f"note: {path} has {n} frames; its first is captioned")
-        if plain:
+        damaged |= _note_frames(path)
+        if not (args.json or args.csv or args.html):
             for caption in result:
-                print(f"{path}: {caption.text}" if len(paths) > 1 else caption.text, flush=True)
+                print_text(f"{path}: {caption.text}" if len(paths) > 1 else caption.text)
     if args.json:
         rows = [{"image": str(path), "captions": [c.to_dict() for c in captions]} for path, captions in done]
         rows += [{"image": str(path), "captions": [], "error": str(error)} for path, error in broken]
-        print(json.dumps(rows, indent=1, ensure_ascii=False))
+        print_text(json_text(rows))
     elif args.csv:
         table = io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["image", "caption", "score"])
         writer.writerows([path, c.text, round(c.score, 4)] for path, captions in done for c in captions)
-        write_text(args.csv, table.getvalue())
+        with atomic_path(args.csv) as temporary:  # names that are not UTF-8 keep their bytes
+            temporary.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
         _say(f"{len(done)} images captioned in {args.csv}")
     elif args.html:
         _write_gallery(args.html, done)
@@ -413,26 +413,56 @@ def _caption(args: argparse.Namespace) -> int:
         _say(f"showtell: {error}")
     if broken and len(paths) > 1:
         _say(f"showtell: {len(broken)} of {len(paths)} images could not be read")
-    return 1 if broken else 0
+    return 1 if broken or damaged else 0
 
 
-def _refuse_folders(*files: str | None) -> None:
-    """Before the work rather than after it: an output file whose name is a folder's."""
+def _decoding(args: argparse.Namespace) -> dict[str, object]:
+    """The decoding options given as flags, refusing those that cannot act together."""
+    names = "n_best beam_size temperature top_k top_p min_len max_len length_penalty no_repeat_ngram".split()
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.sample and "beam_size" in given:
+        raise UserError("--sample does not search and has no --beam-size; leave one of them out")
+    for name in ("temperature", "top_k", "top_p"):
+        if name in given and not args.sample:
+            raise UserError(f"--{name.replace('_', '-')} changes sampling only; add --sample, or leave it out")
+    return given | ({"strategy": "sample", "seed": args.seed} if args.sample else {})
+
+
+def _note_frames(path: Path) -> bool:
+    """Report an image of several frames; return whether a later one is damaged."""
+    from showtell.transforms import frames
+
+    if path.suffix.lower() in (".gif", ".webp", ".tif", ".tiff"):
+        try:
+            if (n := frames(path)) > 1:
+                _say(f"note: {path} has {n} frames; its first is captioned")
+        except UserError:
+            _say(f"note: {path} is damaged after its first frame, which is captioned")
+            return True
+    return False
+
+
+def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> None:
+    """Refuse, before the work, outputs that could not be written after it."""
+    files = [Path(file) for file in files if file]
     for file in files:
-        if file and Path(file).is_dir():
-            raise UserError(f"{file} is a folder; name the file to write, such as {Path(file) / 'captions'}")
+        if file.exists() and not file.is_file():
+            kind = "a folder" if file.is_dir() else "no regular file (a pipe or a device)"
+            raise UserError(f"{file} is {kind}; name the file to write")
+    for path in [file.parent for file in files] + ([Path(folder)] if folder else []):
+        existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
 def _write_gallery(path: str, done: list) -> None:
     from showtell.report import Card, Gallery, Tile, write_page
 
-    cards = [
-        Card(
-            image, image.name, captions[0].text, pieces=captions[0].pieces, word_probs=captions[0].word_probs,
-            score=captions[0].score, alternatives=[c.text for c in captions[1:]],
-        )
-        for image, captions in done
-    ]  # fmt: skip
+    cards = []
+    for image, (best, *others) in done:
+        texts = [caption.text for caption in others]
+        options = {"pieces": best.pieces, "word_probs": best.word_probs, "score": best.score, "alternatives": texts}
+        cards.append(Card(image, printable(image.name), best.text, **options))
     tiles = [Tile("images", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
     write_page(path, "Captions", f"{len(done)} images", tiles, [Gallery("Images", cards)])
 
@@ -445,10 +475,8 @@ def _export(args: argparse.Namespace) -> int:
     checkpoint = load_checkpoint(find_model(args.model))
     if args.format == "half":
         save_checkpoint(args.out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
-        print(args.out)
-        return 0
-    for path in export_legacy(checkpoint, args.out):
-        print(path)
+    for path in [args.out] if args.format == "half" else export_legacy(checkpoint, args.out):
+        print_text(str(path))
     return 0
 
 
@@ -459,11 +487,10 @@ def _import_legacy(args: argparse.Namespace) -> int:
 
     found = import_legacy(args.encoder, args.decoder, args.vocab, SQUASHED if args.squash else IMAGENET)
     save_checkpoint(args.out, found.model, found.vocab, found.transform, found.meta)
-    config = found.model.config
-    print(
-        f"{args.out}: {config['encoder']['backbone']}, {len(found.vocab)} words, "
-        f"embed {config['decoder']['embed_size']}, hidden {config['decoder']['hidden_size']}, "
-        f"{config['decoder']['num_layers']} LSTM layer(s)"
+    encoder, decoder = found.model.config["encoder"], found.model.config["decoder"]
+    print_text(
+        f"{args.out}: {encoder['backbone']}, {len(found.vocab)} words, embed {decoder['embed_size']}, "
+        f"hidden {decoder['hidden_size']}, {decoder['num_layers']} LSTM layer(s)"
     )
     return 0
 

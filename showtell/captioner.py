@@ -23,7 +23,9 @@ from showtell import decoding
 from showtell.checkpoint import Checkpoint, load_checkpoint
 from showtell.decoding import DecodingOptions, Hypothesis
 from showtell.errors import MissingFileError, UserError
-from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source, read_image
+from showtell.files import require_regular_file
+from showtell.image_stream import LoadedImage, stream_images
+from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source
 from showtell.vocabulary import Vocabulary, spell_words
 
 RELEASED = "showtell-attend"  # what `load()` opens when no model is named

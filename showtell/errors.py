@@ -1,10 +1,15 @@
-"""The exceptions for a user's mistake, and the sentences that the command line prints instead of a traceback.
+"""The exceptions for a user's mistake, and text for the command line to print, in place of a traceback and otherwise.
 
 A message says what was given, what is accepted and what to do next.
 """
 
+from __future__ import annotations
+
 import errno
+import json
 import re
+import sys
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -44,3 +49,16 @@ def explain(error: Exception) -> str:
 def printable(name: object) -> str:
     """Show the bytes of a file name that are not UTF-8, which Python keeps as lone surrogates, as `\\xe9`."""
     return re.sub("[\udc80-\udcff]", lambda byte: f"\\x{ord(byte[0]) - 0xDC00:02x}", str(name))
+
+
+def print_text(text: str, stream: TextIO | None = None) -> None:
+    """Print text, to standard output by default, with escapes for what the stream cannot encode."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+
+
+def json_text(value: object) -> str:
+    """Return a JSON document that any program can read; a file name that is not UTF-8 reads back as it was."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    return re.sub("[\ud800-\udfff]", lambda lone: f"\\u{ord(lone[0]):04x}", text)
