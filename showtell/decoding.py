@@ -173,7 +173,7 @@ def _roll_out(
     history = words.new_empty(n, 0)  # (N, t)
     log_probs, alphas = [], []
     open_rows = torch.ones(n, dtype=torch.bool, device=features.device)
-    while open_rows.any():
+    while open_rows.any() and history.shape[1] <= options.max_len:  # NaN never chooses `<end>`
         logits, state, alpha = decoder.step(words, memory, state)
         log_prob = logits.float().log_softmax(1)
         words = choose(options.apply(log_prob, history)).where(open_rows, words.new_tensor(options.end_id))
