@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the small checks that come before a long write."""
+"""Atomic writes, folder locks, and checks before reading or writing."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,17 +17,17 @@ from showtell.errors import MissingFileError, UserError
 
 try:
     import fcntl
-except ImportError:  # Windows: the guard within one process remains
+except ImportError:  # Windows: a folder is guarded within one process only
     fcntl = None
 
-_held: set[Path] = set()  # by this process, whose own file locks do not exclude each other
+_held: set[Path] = set()  # by this process: file locks do not exclude their own process
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success it is flushed to disk and renamed to `path`.
+    """Yield a temporary name beside `path`; on success, flush it to disk and rename it to `path`.
 
-    A reader sees the old file or the new one, never half of one; a failure leaves the old file and no rubbish.
+    A reader sees the old file or the new one, never a part of one; a failure leaves the old file and nothing else.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,33 +38,34 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files; a checkpoint is as readable as any other
+        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` as UTF-8, atomically."""
+    """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -> None:
-    """Writes `value` as JSON, atomically."""
+    """Write `value` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
-def lock(folder: str | os.PathLike, doing: str) -> Iterator[None]:
-    """Holds a folder for one writer; the system lets go of it whenever the process ends, killed or not.
+def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[None]:
+    """Hold a folder for one writer; the operating system releases it when the process ends, killed or not.
 
     Args:
-        folder: made if it is not there.
-        doing: what the holder does, for the sentence that another process gets: "is training in".
+        folder: created if it does not exist.
+        doing: what the holder does, for the message that another process gets: "is training in".
+        wait: whether to wait for another process, with a note on standard error, rather than raise.
 
     Raises:
-        UserError: somebody else holds it.
+        UserError: another process, or this one, holds the folder.
     """
     folder = Path(folder).absolute()
     me = f"process {os.getpid()} on {socket.gethostname()}"
@@ -76,14 +79,22 @@ def lock(folder: str | os.PathLike, doing: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "a+", encoding="utf-8") as file:
-            if fcntl is not None:
+            noted = False
+            while fcntl is not None:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would pass to forked workers
+                    break
                 except (BlockingIOError, PermissionError):
                     file.seek(0)
-                    raise refuse(file.read().strip() or "another process") from None
+                    holder = file.read().strip() or "another process"
+                    if not wait:
+                        raise refuse(holder) from None
+                    if not noted:
+                        print(f"note: {holder} {doing} {folder}; waiting until it ends", file=sys.stderr, flush=True)
+                    noted = True
+                    time.sleep(0.2)
                 except OSError:
-                    pass  # some network file systems have no locks
+                    break  # some network file systems have no locks
             file.truncate(0)
             file.write(me)
             file.flush()
@@ -93,7 +104,7 @@ def lock(folder: str | os.PathLike, doing: str) -> Iterator[None]:
 
 
 def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> None:
-    """Refuses anything that is not a regular file before it is opened: a pipe would block and a device never ends.
+    """Raise for anything but a regular file before it is opened: a pipe would block, and a device never ends.
 
     Args:
         path: the file to be read.
@@ -114,7 +125,7 @@ def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> Non
 
 
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
-    """Refuses a long write that the disk cannot hold, before it starts.
+    """Raise before a long write that the disk has no space for.
 
     Raises:
         UserError: the disk of `folder` has less than `needed_bytes` free.
@@ -126,12 +137,12 @@ def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) 
     if free < needed_bytes:
         raise UserError(
             f"{what} needs {readable_size(needed_bytes)} and {folder} has {readable_size(free)} free; "
-            "make room there or choose another folder"
+            "free space there or choose another folder"
         )
 
 
 def readable_size(n_bytes: float) -> str:
-    """`1536` -> `1.5 KB`: a size for people."""
+    """Format a size for people: `1536` -> `1.5 KB`."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if n_bytes < 1024:
             return f"{n_bytes:.0f} bytes" if unit == "bytes" else f"{n_bytes:.1f} {unit}"

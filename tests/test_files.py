@@ -1,13 +1,15 @@
-"""Files are written whole or not at all, and a folder has one writer."""
+"""Atomic writes, and one writer per folder."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,7 +37,7 @@ def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_failure_leaves_the_old_file_and_no_rubbish(tmp_path, error):
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
 
@@ -142,7 +144,7 @@ except UserError as error:
 """
 
 
-def test_a_folder_is_made_and_held_by_one_and_let_go(tmp_path):
+def test_a_folder_is_created_and_held_by_one_and_released(tmp_path):
     folder = tmp_path / "run"
     with lock(folder, "is training in"):
         assert folder.is_dir()
@@ -151,7 +153,7 @@ def test_a_folder_is_made_and_held_by_one_and_let_go(tmp_path):
         mine = f"process {os.getpid()} on "
         assert str(caught.value).startswith(mine)
         assert f"is training in {folder}; wait until it ends, stop it, or choose another folder" in str(caught.value)
-        # The one that was refused has not let go of the first one's hold:
+        # The refused one has not released the first one's lock:
         elsewhere = run_python(TRY.format(folder=str(folder)))
         assert elsewhere.startswith(mine)
         with lock(tmp_path / "other", "is training in"):
@@ -172,18 +174,21 @@ with lock({folder!r}, "is building"):
 
 
 @pytest.mark.skipif(files.fcntl is None, reason="no file locks here")
-def test_a_killed_holder_lets_go(tmp_path):
+def test_the_folder_of_a_killed_holder_is_free_and_one_may_wait_for_that(tmp_path, capsys):
     command = [sys.executable, "-c", HOLD.format(folder=str(tmp_path))]
     holder = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"process {holder.pid} on .* is building"), lock(tmp_path, "is building"):
             pass
+        threading.Timer(0.5, holder.kill).start()
+        with lock(tmp_path, "is building", wait=True):
+            assert holder.wait(10) == -signal.SIGKILL
     finally:
-        holder.send_signal(signal.SIGKILL)
+        holder.kill()
         holder.communicate()
-    with lock(tmp_path, "is building"):
-        pass
+    note = f"note: process {holder.pid} on {socket.gethostname()} is building {tmp_path}; waiting until it ends\n"
+    assert capsys.readouterr().err == note, "waiting is noted once"
 
 
 # ---- Space and sizes ---------------------------------------------------------------------------------------------
@@ -201,7 +206,7 @@ def test_a_write_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError) as caught:
         require_free_space(tmp_path / "not" / "yet", 2**40, "a cache")
     assert str(caught.value) == (
-        f"a cache needs 1.0 TB and {tmp_path} has 3.0 MB free; make room there or choose another folder"
+        f"a cache needs 1.0 TB and {tmp_path} has 3.0 MB free; free space there or choose another folder"
     )
     assert asked == [tmp_path, tmp_path]  # the first folder that is there
     assert not (tmp_path / "not").exists()
