@@ -1,15 +1,15 @@
-"""The feature cache: what a frozen backbone gives for each image, computed once and read at every epoch.
+"""The feature cache: the output of frozen layers for each image, computed once and read at every epoch.
 
     cache = FeatureCache.open("runs/features", encoder.backbone, transform)
-    cache.build(train_set)                       # resumes where a killed build stopped; new images extend it
+    cache.build(train_set)                       # continues a killed build; new images extend the cache
     features = cache.get(cache.rows(train_set))  # (N, D) or (N, L, D), half precision
 
-One folder holds the caches of all backbones and transforms, each in a folder of its own named by `fingerprint`. There,
-`features.f16` is rows of half-precision numbers with nothing between them, and `index.jsonl` says which image each
-row belongs to. Both only grow, the index after the rows, so that a kill at any moment costs the work of a second.
+One folder holds the caches of all backbones and transforms, each in a subfolder named by `fingerprint`. There,
+`features.f16` is rows of half-precision numbers without anything between them, and `index.jsonl` says which image each
+row belongs to. Both only grow, the index after the rows, so that a kill at any moment costs a second of work.
 
-An image is known by its contents, so that a folder may be moved, copied or renamed. Its path, size and time of change
-spare reading it again to find that out, as in git.
+An image is identified by its contents, so that a folder may be moved, copied or renamed. Path, size and modification
+time spare reading the file again, as in git.
 
 Shapes: N images, L grid cells, D feature size.
 """
@@ -24,12 +24,9 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -39,23 +36,29 @@ from tqdm import tqdm
 from showtell.backbones import Backbone
 from showtell.errors import UserError
 from showtell.files import lock, readable_size, require_free_space, write_json
-from showtell.transforms import BrokenImageError, Transform
+from showtell.image_stream import (
+    LoadedImage,
+    Stamp,
+    digest_of,
+    digest_of_pixels,
+    file_stamp,
+    stream_images,
+)
+from showtell.transforms import Transform, read_bytes
 
 if TYPE_CHECKING:
     from showtell.datasets import CaptionSet
 
 PRECISIONS = ("float32", "bfloat16")
-INDEX_LINE_BYTES = 200  # a generous guess, for the disk check alone
+BATCH_SIZE = 32  # images per forward pass while building
+INDEX_LINE_BYTES = 200  # a generous estimate, for the disk check alone
 COMMIT_EVERY_S = 1.0
-
-Item, Result = TypeVar("Item"), TypeVar("Result")
-Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of change in nanoseconds
 
 
 def fingerprint(backbone: Backbone, transform: Transform, precision: str = "float32") -> str:
-    """64 characters that differ when the features would: weights, network, strides, grid, transform or precision.
+    """Return 64 characters that differ when the features would: weights, network, strides, grid, transform, precision.
 
-    The strides are in it because two ResNets with the same weights may differ in nothing else (see `Backbone`).
+    Strides are included because two ResNets with the same weights may differ in nothing else (see `Backbone`).
     """
     strides = [(name, repr(getattr(module, "stride", None))) for name, module in backbone.net.named_modules()]
     network = [backbone.name, backbone.grid, strides, transform.fingerprint(), precision]
@@ -74,25 +77,15 @@ class Entry(NamedTuple):
     stamp: Stamp | None
 
 
-class LoadedImage(NamedTuple):
-    """An image that was read, ready for the network; or, where there is a `problem`, one that could not be."""
-
-    name: str
-    problem: str = ""
-    digest: str = ""
-    stamp: Stamp | None = None
-    pixels: Tensor | None = None
-
-
 class FeatureCache:
     """The features of one frozen backbone under one transform, for any number of image sets.
 
-    Reading needs no more than the folder: a cache pickles into a few hundred bytes, and each loader worker, forked or
-    spawned, maps the file for itself. One process at a time may build; others may read meanwhile.
+    Reading needs only the folder: a cache pickles into a few hundred bytes, and each loader worker, forked or spawned,
+    maps the file for itself. One process at a time may build; others may read meanwhile.
 
     Attributes:
-        folder: where this backbone's and this transform's features are.
-        shape: that of one image's features, `(D,)` or `(L, D)`.
+        folder: the folder of this backbone's and this transform's features.
+        shape: the shape of one image's features, `(D,)` or `(L, D)`.
     """
 
     def __init__(
@@ -114,22 +107,22 @@ class FeatureCache:
         self._map: np.ndarray | None = None
         self._row_of_digest: dict[str, int] = {}
         self._row_of_stamp: dict[Stamp, int] = {}
-        self._sizes: set[int] = set()  # of the files in the index: a file of any other size is new without reading it
-        self._moved: list[Entry] = []  # found by contents at a new path, and not yet in the index
+        self._sizes: set[int] = set()  # of the files in the index: a file of any other size is new
+        self._moved: list[Entry] = []  # found by contents at a new path, not yet in the index
         self._rows_known = self._index_read = 0
 
     @classmethod
     def open(
         cls, folder: str | os.PathLike, backbone: Backbone, transform: Transform, precision: str = "float32"
     ) -> FeatureCache:
-        """Opens, or begins, the cache of a backbone and a transform inside `folder`, which holds many.
+        """Open or create the cache of a backbone and a transform inside `folder`, which holds many.
 
         Args:
-            folder: any folder; it is made if it is not there.
+            folder: any folder; it is created if it does not exist.
             backbone: a frozen one. It is neither moved nor changed.
-            transform: one without chance, that makes squares.
-            precision: how the network computes, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has
-                it, and exact to two or three digits); the features are kept in half precision either way.
+            transform: a deterministic one with square output.
+            precision: of the computation, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has it,
+                and exact to two or three digits); the features are stored in half precision either way.
 
         Raises:
             UserError: the backbone trains, or the transform is random or keeps an image's proportions.
@@ -141,7 +134,7 @@ class FeatureCache:
             )
         if not isinstance(transform, Transform):
             raise UserError(
-                f"a {type(transform).__name__} is not a transform that a cache can recognise again; give a "
+                f"a {type(transform).__name__} is not a transform that a cache can identify; give a "
                 "showtell.transforms.Transform, or train from images without a cache"
             )
         if transform != transform.evaluation():
@@ -151,7 +144,7 @@ class FeatureCache:
             )
         if transform.size is None:
             raise UserError(
-                f"{transform} gives images of many shapes and a cache needs one; add a crop, as in "
+                f"{transform} returns images of many shapes and a cache needs one; add a crop, as in "
                 "Transform(resize=256, crop=224)"
             )
         if precision not in PRECISIONS:
@@ -162,7 +155,7 @@ class FeatureCache:
         with torch.inference_mode():
             black = torch.zeros(1, 3, transform.size, transform.size, device=next(backbone.parameters()).device)
             shape = tuple(backbone(black).shape[1:])
-        if not (folder / "cache.json").exists():  # for people; nothing reads it
+        if not (folder / "cache.json").exists():  # for people; no code reads it
             about = {"fingerprint": key, "backbone": backbone.name, "shape": shape, "precision": precision}
             write_json(folder / "cache.json", about | {"transform": transform.to_dict()})
         return cls(folder, shape, backbone, transform, precision)
@@ -179,37 +172,34 @@ class FeatureCache:
     # ---- Reading -------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """The number of rows, which is that of different images."""
+        """Return the number of rows, which is that of different images."""
         self._read_index()
         return self._rows_known
 
     def __getitem__(self, row: int) -> Tensor:
-        """The features of one row: `(D,)` or `(L, D)`, float16."""
+        """Return the features of one row: `(D,)` or `(L, D)`, float16."""
         return self.get(np.array([row]))[0]
 
     def get(self, rows: np.ndarray | list[int]) -> Tensor:
-        """The features of some rows, in their order.
-
-        Returns:
-            `(N, D)` or `(N, L, D)`, float16: a decoder on a GPU wants them moved before they are made wider.
+        """Return the features of some rows, in their order: `(N, D)` or `(N, L, D)`, float16.
 
         Raises:
-            IndexError: a row is -1, that of a broken image, or is not there.
+            IndexError: a row is -1, which stands for a broken image, or does not exist.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if self._map is None or (rows.size and rows.max() >= len(self._map)):
             self._map = self._open_map()
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self._map):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} were asked for; {self.folder} has {len(self._map)}")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} are out of range; {self.folder} has {len(self._map)}")
         return torch.from_numpy(self._map[rows])  # fancy indexing copies: no view of the file escapes
 
     def rows(self, caption_set: CaptionSet) -> np.ndarray:
-        """The row of each image of a set, int64 `(N,)`; -1 where it has none, being broken or not built yet."""
+        """Return the row of each image of a set, int64 `(N,)`; -1 for images that are broken or not built yet."""
         self._read_index()
         return np.array([self._find(caption_set, i) for i in range(len(caption_set))], dtype=np.int64)
 
     def missing(self, caption_set: CaptionSet) -> list[int]:
-        """The indices of a set's images that have no row yet; broken ones stay among them, to be tried again."""
+        """Return the indices of a set's images without a row; broken ones are among them and are tried again."""
         return np.flatnonzero(self.rows(caption_set) < 0).tolist()
 
     def _rows_on_disk(self) -> int:
@@ -224,18 +214,18 @@ class FeatureCache:
         return np.memmap(self._features_file, dtype="<f2", mode="r", shape=(n_rows, *self.shape))
 
     def _find(self, caption_set: CaptionSet, i: int) -> int:
-        """The row of image i, or -1."""
+        """Return the row of image i, or -1."""
         path = caption_set.path(i)
-        if path is None:  # drawn: drawing it again is as quick as reading a file
-            return self._row_of_digest.get(_digest_of_pixels(caption_set.image(i)), -1)
-        stamp = _stamp(path)
+        if path is None:  # drawn: drawing it again is as fast as reading a file
+            return self._row_of_digest.get(digest_of_pixels(caption_set.image(i)), -1)
+        stamp = file_stamp(path)
         if stamp is None or stamp in self._row_of_stamp:
             return self._row_of_stamp.get(stamp, -1)
         if stamp[1] not in self._sizes:
             return -1
         try:
-            digest = _digest_of_file(path)
-        except OSError:  # `build` will say what is wrong with it
+            digest = digest_of(read_bytes(path)[1])
+        except UserError:  # `build` will say what is wrong with it
             return -1
         if (row := self._row_of_digest.get(digest, -1)) >= 0:
             self._moved.append(Entry(row, digest, stamp))
@@ -250,7 +240,7 @@ class FeatureCache:
             self._sizes.add(entry.stamp[1])
 
     def _read_index(self) -> None:
-        """Reads what the index has gained, up to the first line that is torn or whose row is not there."""
+        """Read the new lines of the index, up to the first that is torn or whose row is missing."""
         n_rows = self._rows_on_disk()
         if not n_rows:
             return
@@ -268,30 +258,29 @@ class FeatureCache:
     def build(
         self,
         caption_set: CaptionSet,
-        batch_size: int = 32,
         num_workers: int = 0,
         device: str | torch.device = "cpu",
         progress: bool = True,
-        max_broken: int | None = None,
+        max_broken: int = 100,
     ) -> list[str]:
-        """Computes the features that a set still lacks; says beforehand how many and how large they are.
+        """Compute the features that a set still lacks; a complete cache is neither locked nor written to.
 
-        Interrupted at any moment, even by a kill or a power cut, the next build goes on where this one stopped.
+        Interrupted at any moment, even by a kill or a power cut, the next build continues where this one stopped. If
+        another process is building this cache, wait for it.
 
         Args:
             caption_set: the images.
-            batch_size: images a step of the network.
-            num_workers: threads that read images while the network runs; 0 is one of them.
+            num_workers: threads that read images while the network runs, at least one.
             device: where a copy of the backbone computes.
             progress: whether to write the size and a bar to standard error.
-            max_broken: how many images may be unreadable; one in a hundred, but at least ten, where left out.
+            max_broken: the number of images that may be unreadable.
 
         Returns:
             one sentence for each image that could not be read; it has no row.
 
         Raises:
-            UserError: too little disk, another process builds this cache, too many images or all of them are
-                unreadable, or half precision cannot hold the features.
+            UserError: too little disk space, too many images or all of them are unreadable, or half precision cannot
+                hold the features.
         """
         if self._backbone is None:
             raise UserError(f"a copy of {self!r} made for reading cannot build; open it with FeatureCache.open")
@@ -300,60 +289,64 @@ class FeatureCache:
                 f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again with "
                 "FeatureCache.open"
             )
-        if max_broken is None:
-            max_broken = max(10, len(caption_set) // 100)
-        with lock(self.folder, "is building the features in"):
-            self._forget()  # the disk alone knows, here and after a failure
-            missing = self.missing(caption_set)
-            if not missing and not self._moved:
-                return []
-            size = len(missing) * self._row_bytes
-            what = f"the features of {len(missing):,} images"
-            require_free_space(self.folder, size + len(missing) * INDEX_LINE_BYTES, what)
-            if progress and missing:
-                tqdm.write(f"{what}: {readable_size(size)} in {self.folder}, computed once", file=sys.stderr)
-            try:
-                return self._append(caption_set, missing, batch_size, num_workers, device, progress, max_broken)
-            except OSError as error:
+        missing = self._missing_on_disk(caption_set)
+        if not missing and not self._moved:
+            return []
+        try:
+            with lock(self.folder, "is building the features in", wait=True):
+                missing = self._missing_on_disk(caption_set)  # another process may have added them
+                try:
+                    if not missing and not self._moved:
+                        return []
+                    return self._append(caption_set, missing, num_workers, device, progress, max_broken)
+                except OSError as error:
+                    raise UserError(
+                        f"cannot write the features to {self.folder}: {error.strerror or error}; free space or choose "
+                        "another folder, and run the same command again: it continues where it stopped"
+                    ) from error
+                finally:
+                    self._forget()
+        except OSError as error:  # a read-only folder has no lock, and needs none if it is complete
+            images = [i for batch in self._stream(caption_set, missing, num_workers) for i in batch]
+            if any(image.error is None for image in images):
                 raise UserError(
-                    f"the features cannot be written to {self.folder} ({error.strerror or error}); mend that and run "
-                    "the same again: it goes on where it stopped"
+                    f"{self.folder} lacks the features of {len(missing):,} images and cannot be written to "
+                    f"({error.strerror or error}); make it writable, or choose another folder"
                 ) from error
-            finally:
-                self._forget()
+            return [str(image.error) for image in images]
+
+    def _missing_on_disk(self, caption_set: CaptionSet) -> list[int]:
+        self._forget()
+        return self.missing(caption_set)
+
+    def _stream(self, caption_set: CaptionSet, indices: list[int], num_workers: int) -> Iterator[list[LoadedImage]]:
+        sources = caption_set.sources()
+        return stream_images([sources[i] for i in indices], self._transform, BATCH_SIZE, num_workers)
 
     def _append(
         self,
         caption_set: CaptionSet,
         missing: list[int],
-        batch_size: int,
         num_workers: int,
         device: str | torch.device,
         progress: bool,
         max_broken: int,
     ) -> list[str]:
+        size = len(missing) * self._row_bytes
+        what = f"the features of {len(missing):,} images"
+        require_free_space(self.folder, size + len(missing) * INDEX_LINE_BYTES, what)
+        if progress and missing:
+            tqdm.write(f"{what}: {readable_size(size)} in {self.folder}, computed once", file=sys.stderr)
         compute = self._on_device(device)
-        broken: list[LoadedImage] = []
-
-        def read(i: int) -> LoadedImage:
-            path = caption_set.path(i)
-            name = str(path or caption_set.image_ids[i])
-            try:
-                stamp = None if path is None else _stamp(path)  # before reading: a change meanwhile makes it unknown
-                image = caption_set.image(i)
-                digest = _digest_of_pixels(image) if path is None else _digest_of_file(path)
-                return LoadedImage(name, "", digest, stamp, self._transform(image))
-            except (BrokenImageError, OSError) as error:
-                return LoadedImage(name, str(error))
-
+        broken: dict[int, str] = {}
         with (
             _Writer(self) as writer,
-            tqdm(total=len(missing), unit="image", desc="features", disable=not progress) as bar,
-            contextlib.closing(_ahead(read, missing, max(1, num_workers), batch_size + num_workers)) as images,
+            tqdm(total=len(missing), unit="image", desc="features", disable=not (progress and missing)) as bar,
+            contextlib.closing(self._stream(caption_set, missing, num_workers)) as batches,
         ):
-            while batch := list(islice(images, batch_size)):
-                broken += [image for image in batch if image.problem]
-                good = [image for image in batch if not image.problem]
+            for batch in batches:
+                broken |= {missing[image.index]: str(image.error) for image in batch if image.error}
+                good = [image for image in batch if not image.error]
                 # Images with the same contents share a row.
                 fresh = {p.digest: p.pixels for p in good if p.digest not in self._row_of_digest}
                 if fresh:
@@ -361,11 +354,12 @@ class FeatureCache:
                 writer.add_names(good)
                 bar.update(len(batch))
                 if len(broken) > max_broken or len(broken) == len(caption_set):
-                    raise _too_many_broken([image.name for image in broken], len(caption_set), max_broken)
-        return [image.problem for image in broken]
+                    names = [str(caption_set.path(i) or caption_set.image_ids[i]) for i in broken]
+                    raise _too_many_broken(names, len(caption_set), max_broken)
+        return list(broken.values())
 
     def _on_device(self, device: str | torch.device) -> Callable[[Tensor], np.ndarray]:
-        """The backbone as a function from images `(N, 3, S, S)` to half-precision rows."""
+        """Return the backbone as a function from images `(N, 3, S, S)` to half-precision rows."""
         device = torch.device(device)
         backbone = copy.deepcopy(self._backbone).to(device)
         reduced = self._precision == "bfloat16"
@@ -386,9 +380,9 @@ class FeatureCache:
 
 
 class _Writer:
-    """Appends to a cache: rows first, flushed to the disk, then the lines of the index that name them.
+    """Append to a cache: rows first, flushed to the disk, then the lines of the index that name them.
 
-    The lines are written about once a second rather than with each batch: on a GPU, waiting for the disk at every
+    The lines are written about once per second rather than with each batch: on a GPU, waiting for the disk at every
     batch would cost more than the network.
     """
 
@@ -397,7 +391,7 @@ class _Writer:
 
     def __enter__(self) -> _Writer:
         cache = self.cache
-        # What a killed build left behind the last whole line of the index is cut off; this process has the lock.
+        # Cut off what a killed build left after the last whole line of the index; this process has the lock.
         self.rows_file, self.index_file = open(cache._features_file, "ab"), open(cache._index_file, "ab")
         self.rows_file.truncate(cache._rows_known * cache._row_bytes)
         self.index_file.truncate(cache._index_read)
@@ -407,19 +401,19 @@ class _Writer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self.rows_file, self.index_file:  # closed even where the disk is full
+        with self.rows_file, self.index_file:  # closed even if the disk is full
             self.commit()
             os.fsync(self.index_file.fileno())
 
     def add_rows(self, digests: list[str], rows: np.ndarray) -> None:
-        """Appends the rows of new images; until `add_names`, nothing refers to them."""
+        """Append the rows of new images; nothing refers to them until `add_names`."""
         self.rows_file.write(rows.tobytes())
         self.rows_file.flush()
         for row, digest in enumerate(digests, self.cache._rows_known):
             self.cache._learn(Entry(row, digest, None))
 
     def add_names(self, images: Iterable[LoadedImage]) -> None:
-        """Adds the lines of images whose rows are there."""
+        """Add the lines of images that have a row."""
         for image in images:
             entry = Entry(self.cache._row_of_digest[image.digest], image.digest, image.stamp)
             self.cache._learn(entry)
@@ -431,7 +425,7 @@ class _Writer:
         self.lines += json.dumps(entry).encode() + b"\n"
 
     def commit(self) -> None:
-        """Makes what was added survive a power cut: an index ahead of its rows would name rows of zeros."""
+        """Flush rows, then index: after a power cut, an index ahead of its rows would name rows of zeros."""
         os.fsync(self.rows_file.fileno())
         self.index_file.write(self.lines)
         self.index_file.flush()
@@ -441,30 +435,12 @@ class _Writer:
 
 
 def _parse(line: bytes) -> Entry | None:
-    """A line of the index, or None if it is torn."""
+    """Return a line of the index, or None if it is torn."""
     try:
         row, digest, stamp = json.loads(line) if line.endswith(b"\n") else None
         return Entry(int(row), str(digest), None if stamp is None else (str(stamp[0]), int(stamp[1]), int(stamp[2])))
     except (ValueError, TypeError, IndexError):
         return None
-
-
-def _stamp(path: str | os.PathLike) -> Stamp | None:
-    try:
-        stat = os.stat(path)
-    except OSError:  # the reader of the image says what is wrong with it
-        return None
-    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
-
-
-def _digest_of_file(path: str | os.PathLike) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
-
-
-def _digest_of_pixels(image: Tensor) -> str:
-    digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
-    digest.update(image.reshape(-1).numpy())
-    return digest.hexdigest()
 
 
 def _too_many_broken(names: list[str], n_images: int, max_broken: int) -> UserError:
@@ -475,25 +451,3 @@ def _too_many_broken(names: list[str], n_images: int, max_broken: int) -> UserEr
         f"{len(names):,} of {n_images:,} images cannot be read, and at most {max_broken:,} may be skipped ({shown}); "
         "repair or remove them, or allow more with max_broken"
     )
-
-
-def _ahead(function: Callable[[Item], Result], items: Iterable[Item], workers: int, ahead: int) -> Iterator[Result]:
-    """`map` in threads, in order, at most `ahead` results early.
-
-    Threads, because decoding and resizing let go of Python's lock, and because a thread dies with its process: a
-    killed build leaves no worker behind.
-    """
-    n_threads = torch.get_num_threads()
-    # An image is too small to share out: on a busy machine, the threads at work on one mostly wait for each other.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: deque = deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(n_threads)  # what threads that begin later are given

@@ -51,12 +51,13 @@ def stream_images(
     Args:
         sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor.
         transform: turns an image into the network's input.
-        batch_size: images a batch; the last batch may be smaller.
-        workers: threads that read.
+        batch_size: images per batch; the last batch may be smaller.
+        workers: the number of threads that read.
     """
 
     def load(numbered: tuple[int, Source | Callable[[], Tensor]]) -> LoadedImage:
         index, source = numbered
+        path = None
         try:
             if isinstance(source, (str, os.PathLike)):
                 stamp = file_stamp(source)  # before reading: a file that changes meanwhile then counts as unknown
@@ -66,6 +67,8 @@ def stream_images(
             digest = digest_of_pixels(image) if isinstance(image, Tensor) else ""
             return LoadedImage(index, transform(image), None, digest)
         except (BrokenImageError, MissingFileError) as error:
+            if path and path not in str(error):
+                error = BrokenImageError(f"{path}: {error}")
             return LoadedImage(index, error=error)
 
     batch: list[LoadedImage] = []
@@ -79,7 +82,7 @@ def stream_images(
 
 
 def file_stamp(path: str | os.PathLike) -> Stamp | None:
-    """What identifies a file without reading it; None where there is none (reading it will say why)."""
+    """Return what identifies a file without reading it; None where there is none (reading it will say why)."""
     try:
         stat = os.stat(path)
     except OSError:
@@ -88,12 +91,12 @@ def file_stamp(path: str | os.PathLike) -> Stamp | None:
 
 
 def digest_of(data: bytes) -> str:
-    """32 characters that identify a file's contents."""
+    """Return 32 characters that identify a file's contents."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def digest_of_pixels(image: Tensor) -> str:
-    """32 characters that identify an image that is not a file."""
+    """Return 32 characters that identify an image that is not a file."""
     digest = hashlib.blake2b(repr(tuple(image.shape)).encode(), digest_size=16)
     digest.update(image.reshape(-1).numpy())
     return digest.hexdigest()

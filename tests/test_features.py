@@ -1,4 +1,4 @@
-"""The feature cache: what it holds is what the backbone gives, and nothing that happens to a build spoils it."""
+"""The feature cache: it holds what the backbone computes, whatever happens to a build."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -17,16 +18,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
+from showtell import transforms
 from showtell.backbones import Backbone
 from showtell.datasets import CaptionSet, load
 from showtell.errors import UserError
-from showtell.features import FeatureCache, _ahead, fingerprint
-from showtell.model import CaptionModel
+from showtell.features import FeatureCache, fingerprint
 from showtell.transforms import TINY, Transform
 
 
@@ -59,11 +58,11 @@ def fresh_features(backbone: Backbone, transform: Transform, images: CaptionSet)
 
 
 def assert_holds(cache: FeatureCache, backbone: Backbone, images: CaptionSet) -> None:
-    """Every image has a row, and it is what the backbone gives, within the rounding to half precision."""
+    """Check that every image has a row, and that it is the backbone's output in half precision."""
     cached, fresh = cache.get(cache.rows(images)), fresh_features(backbone, TINY, images)
     assert cached.dtype == torch.float16
     torch.testing.assert_close(cached.float(), fresh, rtol=2**-10, atol=1e-6)
-    assert fresh.std(0).max() > 1e-3, "the images look alike to this backbone: the comparison proves nothing"
+    assert fresh.std(0).max() > 1e-3, "this backbone cannot tell the images apart: the comparison proves nothing"
 
 
 def test_mirror_images_have_a_cache_of_their_own(images, backbone, tmp_path):
@@ -98,11 +97,12 @@ def cache(tmp_path: Path, backbone: Backbone) -> FeatureCache:
 
 @pytest.mark.parametrize("arguments", [{}, {"grid": True}, {"name": "resnet18"}], ids=["vector", "grid", "resnet18"])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_cached_features_are_fresh_ones(tmp_path, images, arguments, num_workers):
+def test_cached_features_are_fresh_ones(tmp_path, images, arguments, num_workers, monkeypatch):
     backbone = frozen(**arguments)
     cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
     assert cache.missing(images) == list(range(10))
-    assert cache.build(images, batch_size=4, num_workers=num_workers, progress=False) == []
+    monkeypatch.setattr("showtell.features.BATCH_SIZE", 4)
+    assert cache.build(images, num_workers=num_workers, progress=False) == []
     assert cache.missing(images) == []
     assert cache.shape == fresh_features(backbone, TINY, images).shape[1:]
     assert_holds(cache, backbone, images)
@@ -116,37 +116,6 @@ def test_drawn_images_are_known_by_their_pixels(cache, backbone):
     assert cache.rows(load("synthetic", n=8)).tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
     assert cache.rows(load("synthetic", n=2, seed=1)).tolist() == [-1, -1]
     assert cache.rows(load("synthetic", n=2, size=96)).tolist() == [-1, -1]
-
-
-def test_training_from_the_cache_and_from_pixels_gives_the_same_losses(tmp_path, images):
-    captions = torch.randint(3, 20, (10, 7))
-    captions[:, 0] = 0
-    losses = {}
-    for source in ("pixels", "cache"):
-        torch.manual_seed(1)
-        config = {
-            "encoder": {"embed_size": 16, "backbone": "tiny"},
-            "decoder": {"name": "attend", "embed_size": 16, "hidden_size": 16, "vocab_size": 20, "attention_size": 16},
-        }
-        model = CaptionModel(config)
-        model.encoder.backbone.fine_tune(None)
-        if source == "pixels":
-            inputs = torch.stack([TINY(images.image(i)) for i in range(10)])
-        else:
-            cache = FeatureCache.open(tmp_path / "cache", model.encoder.backbone, TINY)
-            cache.build(images, progress=False)
-            inputs = cache.get(cache.rows(images)).float()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-2)
-        losses[source] = []
-        for _ in range(20):
-            logits = model(inputs, captions)[0]
-            loss = F.cross_entropy(logits[:, -6:].flatten(0, 1), captions[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[source].append(loss.item())
-    assert losses["pixels"][-1] < 0.8 * losses["pixels"][0]
-    np.testing.assert_allclose(losses["cache"], losses["pixels"], rtol=2e-3)
 
 
 def test_bfloat16_is_close_and_kept_apart(tmp_path, images, backbone, cache):
@@ -208,7 +177,7 @@ def test_another_backbone_gets_another_folder(tmp_path, images, cache):
 
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that a backbone sees from now on."""
+    """Return a list that collects the sizes of the batches a backbone computes from now on."""
     sizes: list[int] = []
     forward = Backbone.forward
 
@@ -286,19 +255,20 @@ def test_equal_images_share_a_row(images, backbone, cache):
 BUILD_SLOWLY = textwrap.dedent(
     """
     import sys, time
+    from showtell import features
     from test_features import TINY, FeatureCache, frozen, images_in
     from pathlib import Path
 
-    torch_cache, folder, pause_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-    cache = FeatureCache.open(torch_cache, frozen(), TINY)
+    cache_folder, folder, pause_s = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+    cache = FeatureCache.open(cache_folder, frozen(), TINY)
     images = images_in(folder)
-    image = images.image
-    def slow(i):
-        time.sleep(pause_s)
-        return image(i)
-    images.image = slow
-    print("begins", flush=True)
-    cache.build(images, batch_size=2, progress=False)
+    stream = features.stream_images
+    def slow(*arguments):
+        for batch in stream(*arguments):
+            time.sleep(len(batch) * pause_s)
+            yield batch
+    features.stream_images, features.BATCH_SIZE = slow, 2
+    cache.build(images, progress=False)
     """
 )
 
@@ -318,7 +288,7 @@ def wait_until(condition, process: subprocess.Popen, timeout_s: float = 60) -> N
     limit = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, "the build ended before it could be disturbed"
-        assert time.monotonic() < limit, "the build does not get on"
+        assert time.monotonic() < limit, "the build makes no progress"
         time.sleep(0.02)
 
 
@@ -339,19 +309,102 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path, images, backbone, cac
     assert_holds(cache, backbone, images)
 
 
-def test_one_process_builds_at_a_time_and_others_read(tmp_path, images, cache):
-    process = build_in_another_process(tmp_path / "cache", images, 0.5)
+def test_a_second_build_waits_for_the_first_and_computes_nothing_again(tmp_path, images, cache, monkeypatch, capfd):
+    process = build_in_another_process(tmp_path / "cache", images, 0.2)
     try:
         wait_until(lambda: len(cache) >= 2, process)
         reader = FeatureCache.open(tmp_path / "cache", frozen(), TINY)
         rows = reader.rows(images)
         assert reader.get(rows[rows >= 0]).isfinite().all()
-        with pytest.raises(UserError, match=rf"process {process.pid} on .* is building .*; wait until it ends"):
-            cache.build(images, progress=False)
+        computed = count_computed(monkeypatch)
+        assert cache.build(images, progress=False) == []
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+    assert computed == []
+    assert cache.missing(images) == []
+    note = capfd.readouterr().err
+    assert re.fullmatch(rf"note: process {process.pid} on \S+ is building the features in \S+; waiting .*\n", note)
+
+
+def test_a_complete_cache_is_not_locked(tmp_path, images, cache):
+    """Of three runs that start together, none has to wait for another, or ends because of it."""
+    cache.build(images, progress=False)
+    code = (
+        "import sys; from showtell.files import lock\n"
+        "with lock(sys.argv[1], 'is building the features in'): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(cache.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(cache.build, images, progress=False).result(timeout=20) == []
+    finally:
+        holder.communicate("")
+
+
+@pytest.fixture
+def read_only(monkeypatch) -> None:
+    """No file in the cache can be opened for writing: the tests may run as root, whom modes do not stop."""
+
+    def refuse(path, mode="r", *arguments, **options):
+        if set(mode) & set("wax+"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_file(path, mode, *arguments, **options)
+
+    open_file = open
+    for module in ("features", "files"):
+        monkeypatch.setattr(f"showtell.{module}.open", refuse, raising=False)
+
+
+def test_a_complete_cache_may_be_read_only(tmp_path, images, backbone, cache, monkeypatch, request):
+    Path(images.path(3)).write_text("not an image")
+    assert len(cache.build(images, progress=False)) == 1
+    moved = shutil.copytree(images.folder, tmp_path / "elsewhere", copy_function=shutil.copyfile)
+    request.getfixturevalue("read_only")
+    for here in (images, images_in(Path(moved))):
+        cache = FeatureCache.open(tmp_path / "cache", backbone, TINY)
+        (sentence,) = cache.build(here, progress=False)
+        assert str(Path(here.folder) / "003.png") in sentence
+        assert (cache.rows(here) >= 0).sum() == 9
+    more = write_images(Path(images.folder), 2, first=10)
+    with pytest.raises(
+        UserError, match=r"lacks the features of 3 images and cannot be written to .*; make it writable"
+    ):
+        cache.build(more, progress=False)
+
+
+def test_an_image_saved_while_it_is_read_is_computed_anew(images, backbone, cache, monkeypatch):
+    """Between decoding an image and digesting it, the file changes."""
+    path, read = Path(images.path(3)), []
+    newer = Path(images.path(4)).read_bytes()
+    decode = transforms.decode_image
+
+    def decode_and_save(data, source=None):
+        image = decode(data, source)
+        if source == str(path) and source not in read:
+            path.write_bytes(newer + b"x")
+        read.append(source)
+        return image
+
+    for module in ("transforms", "image_stream"):
+        monkeypatch.setattr(f"showtell.{module}.decode_image", decode_and_save)
+    cache.build(images, progress=False)
+    assert len(read) == 10
+    assert cache.missing(images) == [3]
+    cache.build(images, progress=False)
+    assert_holds(cache, backbone, images)
+
+
+def test_every_file_is_read_once(images, cache, monkeypatch):
+    read, read_bytes = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or read_bytes(path))
+    cache.build(images, progress=False)
+    assert sorted(path for path in read if path.endswith(".png")) == [images.path(i) for i in range(10)]
 
 
 def test_one_process_cannot_build_twice_at_once(images, backbone, cache, monkeypatch):
@@ -413,8 +466,9 @@ def test_a_build_that_fails_in_the_middle_keeps_what_it_had(images, backbone, ca
 
     with monkeypatch.context() as patch:
         patch.setattr(Backbone, "forward", interrupted)
+        patch.setattr("showtell.features.BATCH_SIZE", 3)
         with pytest.raises(KeyboardInterrupt):
-            cache.build(images, batch_size=3, progress=False)
+            cache.build(images, progress=False)
     assert len(cache) == 6
     computed = count_computed(monkeypatch)
     cache.build(images, progress=False)
@@ -422,7 +476,7 @@ def test_a_build_that_fails_in_the_middle_keeps_what_it_had(images, backbone, ca
     assert_holds(cache, backbone, images)
 
 
-def test_a_folder_deleted_under_an_open_cache_is_begun_again(images, backbone, cache):
+def test_a_cache_deleted_while_open_is_built_again(images, backbone, cache):
     cache.build(images, progress=False)
     assert len(cache) == 10
     shutil.rmtree(cache.folder)
@@ -432,6 +486,7 @@ def test_a_folder_deleted_under_an_open_cache_is_begun_again(images, backbone, c
 
 def test_the_index_never_names_a_row_that_a_power_cut_could_take(images, cache, monkeypatch):
     monkeypatch.setattr("showtell.features.COMMIT_EVERY_S", 0)
+    monkeypatch.setattr("showtell.features.BATCH_SIZE", 4)
     fsync, safe, named = os.fsync, [0], []
 
     def watched(descriptor):
@@ -442,13 +497,13 @@ def test_the_index_never_names_a_row_that_a_power_cut_could_take(images, cache, 
         named.append((len(lines), safe[-1]))
 
     monkeypatch.setattr(os, "fsync", watched)
-    cache.build(images, batch_size=4, progress=False)
+    cache.build(images, progress=False)
     assert all(n_lines <= n_safe for n_lines, n_safe in named)
     assert safe[-1] == 10
     assert named[-1] == (10, 10)
 
 
-def test_a_full_disk_beforehand_is_refused_beforehand(images, cache, monkeypatch):
+def test_too_little_disk_space_is_reported_before_the_build(images, cache, monkeypatch):
     usage = shutil.disk_usage(cache.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match=r"the features of 10 images needs? .* KB .* has 1000 bytes free"):
@@ -456,7 +511,7 @@ def test_a_full_disk_beforehand_is_refused_beforehand(images, cache, monkeypatch
     assert not (cache.folder / "features.f16").exists()
 
 
-def test_a_disk_that_fills_up_is_reported_in_a_sentence(images, backbone, cache, monkeypatch):
+def test_a_disk_that_fills_up_during_the_build_is_reported(images, backbone, cache, monkeypatch):
     fsync, calls = os.fsync, []
 
     def full(descriptor):
@@ -464,7 +519,9 @@ def test_a_disk_that_fills_up_is_reported_in_a_sentence(images, backbone, cache,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"cannot be written to .* \(No space left on device\); .* goes on where"):
+    with pytest.raises(
+        UserError, match=r"cannot write the features to .*: No space left on device; .* continues where"
+    ):
         cache.build(images, progress=False)
     monkeypatch.setattr(os, "fsync", fsync)
     assert calls
@@ -472,7 +529,7 @@ def test_a_disk_that_fills_up_is_reported_in_a_sentence(images, backbone, cache,
     assert_holds(cache, backbone, images)
 
 
-def test_the_size_is_said_beforehand_on_standard_error(images, cache, capsys):
+def test_the_size_is_printed_beforehand_on_standard_error(images, cache, capsys):
     cache.build(images)
     out, err = capsys.readouterr()
     assert out == ""
@@ -484,14 +541,15 @@ def test_the_size_is_said_beforehand_on_standard_error(images, cache, capsys):
 # ---- Broken images ---------------------------------------------------------------------------------------------
 
 
-def test_broken_images_are_named_skipped_and_tried_again(images, backbone, cache):
+def test_broken_images_are_named_skipped_and_tried_again(images, backbone, cache, monkeypatch):
     folder = Path(images.folder)
     good = (folder / "004.png").read_bytes()
     (folder / "002.png").write_bytes(b"")
     (folder / "004.png").write_text("not an image")
     (folder / "006.png").unlink()
     (folder / "008.png").write_bytes((folder / "008.png").read_bytes()[:60])
-    broken = cache.build(images, batch_size=3, progress=False)
+    monkeypatch.setattr("showtell.features.BATCH_SIZE", 3)
+    broken = cache.build(images, progress=False)
     assert len(broken) == 4
     for name, sentence in zip(("002", "004", "006", "008"), broken, strict=True):
         assert str(folder / f"{name}.png") in sentence
@@ -499,15 +557,16 @@ def test_broken_images_are_named_skipped_and_tried_again(images, backbone, cache
     (folder / "004.png").write_bytes(good)
     assert len(cache.build(images, progress=False)) == 3
     assert cache.missing(images) == [2, 6, 8]
-    with pytest.raises(IndexError, match="rows -1 to 6 were asked for"):
+    with pytest.raises(IndexError, match="rows -1 to 6 are out of range"):
         cache.get(cache.rows(images))
 
 
-def test_too_many_broken_images_stop_the_build_with_their_list(images, cache):
+def test_too_many_broken_images_stop_the_build_with_their_list(images, cache, monkeypatch):
+    monkeypatch.setattr("showtell.features.BATCH_SIZE", 1)
     for i in range(5, 9):
         Path(images.path(i)).write_bytes(b"")
     with pytest.raises(UserError, match=r"3 of 10 images .* at most 2 .*005\.png, .*007\.png\); repair or remove"):
-        cache.build(images, batch_size=1, max_broken=2, progress=False)
+        cache.build(images, max_broken=2, progress=False)
     assert len(cache) == 5
     assert len(cache.build(images, max_broken=4, progress=False)) == 4
 
@@ -519,7 +578,7 @@ def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
         cache.build(images, progress=False)
 
 
-# ---- What cannot be cached ---------------------------------------------------------------------------------------
+# ---- What is not cached ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -528,21 +587,18 @@ def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
         (Transform(resize=72, crop=64, random_crop=True), r"random_crop or flip is on\); give transform.evaluation"),
         (Transform(resize=(64, 64), flip=True), r"random_crop or flip is on\); give transform.evaluation"),
         (Transform(resize=64), r"many shapes and a cache needs one; add a crop"),
-        (lambda image: image, r"a function is not a transform that a cache can recognise"),
+        (lambda image: image, r"a function is not a transform that a cache can identify"),
     ],
 )
-def test_a_transform_that_cannot_be_cached_is_refused(tmp_path, transform, sentence):
+def test_random_and_unsized_transforms_are_refused(tmp_path, transform, sentence):
     with pytest.raises(UserError, match=sentence):
         FeatureCache.open(tmp_path, frozen(), transform)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_backbone_that_trains_is_refused(tmp_path):
+def test_a_backbone_that_trains_and_an_unknown_precision_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"tiny cannot be cached while it trains; freeze it with backbone.fine_tune"):
         FeatureCache.open(tmp_path, Backbone("tiny"), TINY)
-
-
-def test_an_unknown_precision_is_refused(tmp_path):
     with pytest.raises(UserError, match="precision='half' is not known; choose one of float32, bfloat16"):
         FeatureCache.open(tmp_path, frozen(), TINY, precision="half")
 
@@ -592,18 +648,6 @@ def test_a_reader_sees_what_another_adds(tmp_path, images, backbone, cache):
     assert_holds(reader, backbone, more)
 
 
-def test_reading_ahead_keeps_the_order_and_its_bound():
-    started: list[int] = []
-    n_threads = torch.get_num_threads()
-    results = _ahead(lambda i: started.append(i) or i, range(100), workers=3, ahead=5)
-    assert next(results) == 0
-    time.sleep(0.05)
-    assert len(started) <= 6
-    assert list(results) == list(range(1, 100))
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == n_threads
-
-
 # ---- Real photographs --------------------------------------------------------------------------------------------
 
 
@@ -613,6 +657,6 @@ def test_photographs_through_a_real_resnet(tmp_path, flickr8k, weights):
     transform = Transform(resize=256, crop=224)
     backbone = Backbone("resnet50", weights=weights / "resnet50_imagenet_pruned.safetensors", stride_in_1x1=True)
     cache = FeatureCache.open(tmp_path, backbone, transform)
-    assert cache.build(photographs, batch_size=8, progress=False) == []
+    assert cache.build(photographs, progress=False) == []
     cached, fresh = cache.get(cache.rows(photographs)).float(), fresh_features(backbone, transform, photographs)
     torch.testing.assert_close(cached, fresh, rtol=2**-10, atol=1e-4)
