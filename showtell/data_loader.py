@@ -1,14 +1,16 @@
 """Batches of (images, captions): `get_loader`, its data set, and two ways of grouping captions into batches.
 
-`length`: captions of one length together, so that nothing is padded; every caption exactly once an epoch.
+`length`: captions of one length together, so that nothing is padded; every caption exactly once per epoch.
 `image`: every image once with all its captions, encoded once; captions padded with `showtell.decoders.IGNORE`.
 """
 
 from __future__ import annotations
 
 import random
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from showtell.vocabulary import END, START, UNK, Vocabulary
 
 GROUPS = ("length", "image")
 MODES = ("train", "val", "test")
+MAX_WORDS = 100  # per caption: one caption of 1,500 words would pad its whole batch to gigabytes
 
 
 class Broken:
@@ -36,82 +39,92 @@ class Broken:
         self.path, self.reason = path, reason
 
 
+def cut_caption(ids: list[int]) -> list[int]:
+    """Cut an encoded caption to `MAX_WORDS` words between `<start>` and `<end>`."""
+    return ids if len(ids) <= MAX_WORDS + 2 else [*ids[: MAX_WORDS + 1], ids[-1]]
+
+
 class CaptionDataset(Dataset):
     """A `CaptionSet` as tensors: images transformed (or their cached features), captions as ids.
 
     Attributes:
-        caption_set: the `CaptionSet` behind it.
-        vocab: the vocabulary.
+        caption_set, vocab: the images with their captions, and the vocabulary.
         caption_lengths: the number of words of every caption, without `<start>` and `<end>`.
-        image_of: the image of every caption.
+        n_cut: the number of captions that were cut to `MAX_WORDS` words. image_of: the image of every caption.
         batch_size: how many indices `get_train_indices` returns.
     """
 
     def __init__(
         self,
-        captions: CaptionSet,
+        caption_set: CaptionSet,
         vocab: Vocabulary,
         transform: Transform | Callable | None = None,
         mode: str = "train",
         group: str = "length",
         batch_size: int = 1,
         seed: int = 0,
-        cache: FeatureCache | None = None,
         captions_per_image: int = 0,
-        mirror_cache: FeatureCache | None = None,
     ) -> None:
-        """Encodes every caption once.
+        """Encode every caption once.
 
         Args:
-            captions: images and captions.
+            caption_set: images and captions.
             vocab: turns words into ids.
             transform: a `Transform`, or any callable from a PIL image to a tensor.
             mode: `"train"`, `"val"` (nothing random) or `"test"` (original and transformed image, no captions).
             group: what one index means: a caption (`"length"`) or an image with all its captions (`"image"`).
-            batch_size: for `get_train_indices`.
-            seed: of the augmentation and of `get_train_indices`.
-            cache: features of these images to hand out in place of images.
-            captions_per_image: in training by image, draw so many of an image's captions anew each epoch; 0 is all.
-            mirror_cache: features of their mirror images, for a transform that flips.
+            batch_size, seed: of `get_train_indices`; the seed is that of the augmentation, too.
+            captions_per_image: in training by image, the number of captions drawn per image and epoch; 0 for all.
         """
         if mode not in MODES or group not in GROUPS:
-            raise UserError(f"mode={mode!r}, group={group!r} cannot be; modes are {MODES} and groups are {GROUPS}")
-        self.caption_set, self.vocab, self.mode, self.group = captions, vocab, mode, group
+            raise UserError(f"mode={mode!r}, group={group!r} is not known; modes are {MODES} and groups are {GROUPS}")
+        self.caption_set, self.vocab, self.mode, self.group = caption_set, vocab, mode, group
         self.transform = transform.evaluation() if isinstance(transform, Transform) and mode != "train" else transform
         self.batch_size, self.seed = batch_size, seed
-        self.cache, self.mirror_cache = cache, mirror_cache
         self.captions_per_image = captions_per_image if mode == "train" else 0
-        self.rows = None if cache is None else cache.rows(captions)
-        self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(captions)
+        self.use_features(None)
         self._mirror_word = {i: vocab(m) for word, i in vocab.word2idx.items() if (m := mirror_caption(word)) != word}
-        encoded = [vocab.encode(text) for texts in captions.captions for text in texts]
+        encoded = [vocab.encode(text) for texts in caption_set.captions for text in texts]
+        self.n_cut = sum(len(ids) > MAX_WORDS + 2 for ids in encoded)
+        encoded = [cut_caption(ids) for ids in encoded]
         self._ids = np.fromiter((i for ids in encoded for i in ids), np.int32)
         self._ends = np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
-        self.image_of = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions.captions])
-        self._first_caption = np.searchsorted(self.image_of, np.arange(len(captions) + 1))
+        self.image_of = np.repeat(np.arange(len(caption_set)), [len(texts) for texts in caption_set.captions])
+        self._first_caption = np.searchsorted(self.image_of, np.arange(len(caption_set) + 1))
         self.caption_lengths: list[int] = [len(ids) - 2 for ids in encoded]
         # Shared memory: persistent loader workers see the epoch change.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
         self._lengths_left: Iterator[list[int]] | None = None
 
+    def use_features(self, cache: FeatureCache | None, mirror_cache: FeatureCache | None = None) -> None:
+        """Return cached features in place of images.
+
+        Args:
+            cache: the features of these images, already built; None to return images.
+            mirror_cache: the features of their mirror images, for a transform that flips.
+        """
+        self.cache, self.mirror_cache = cache, mirror_cache
+        self.rows = None if cache is None else cache.rows(self.caption_set)
+        self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(self.caption_set)
+
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_lengths_left": None}  # a generator, which no spawned worker needs or could be sent
+        return self.__dict__ | {"_lengths_left": None}  # a generator, which cannot be pickled for a spawned worker
 
     def __len__(self) -> int:
-        """The number of samples: captions, or images when grouped by image or in test mode."""
+        """Return the number of samples: captions, or images when grouped by image or in test mode."""
         return len(self.caption_lengths) if self.group == "length" and self.mode != "test" else len(self.caption_set)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose augmentation is drawn; it reaches running workers."""
+        """Set the epoch whose augmentation is drawn, in running workers too."""
         self._epoch.fill_(epoch)
 
     def caption_ids(self, n: int) -> Tensor:
-        """Caption number `n` as `[<start>, …, <end>]`."""
+        """Return caption number `n` as `[<start>, …, <end>]`."""
         start = self._ends[n - 1] if n else 0
         return torch.from_numpy(self._ids[start : self._ends[n]].astype(np.int64))
 
     def __getitem__(self, index: int) -> tuple | Broken:
-        """Returns (image, caption), (image, captions) when grouped by image, or (original, image) in test mode."""
+        """Return (image, caption), (image, captions) when grouped by image, or (original, image) in test mode."""
         image_index = int(self.image_of[index]) if self.group == "length" and self.mode != "test" else int(index)
         try:
             if self.mode == "test":
@@ -137,7 +150,7 @@ class CaptionDataset(Dataset):
 
     def _caption(self, n: int, flipped: bool) -> Tensor:
         ids = self.caption_ids(n)
-        if flipped:  # what was on the left is on the right
+        if flipped:  # objects on the left are now on the right
             ids = torch.tensor([self._mirror_word.get(word, word) for word in ids.tolist()])
         return ids
 
@@ -159,9 +172,9 @@ class CaptionDataset(Dataset):
         return self.transform(to_pil_image(image))
 
     def get_train_indices(self) -> list[int]:
-        """Returns `batch_size` captions of one length, each caption once before any comes again.
+        """Return the indices of `batch_size` captions of one length, each caption once before any is repeated.
 
-        A length's last few are topped up to `batch_size` with others of that length.
+        The last few captions of a length are topped up to `batch_size` with others of that length.
         """
         if self._lengths_left is None:
             self._lengths_left = self._endless_batches()
@@ -186,9 +199,9 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of an epoch as a function of (seed, epoch); resumable in the middle, shared among processes.
 
     Attributes:
-        epoch: which epoch iteration gives. skip: how many of its batches are left out at the start, when resuming.
-        sampler: replaceable by any sampler of indices, whose indices then make the batches (as the ancestors'
-            notebooks do); `None` for this class's own batches.
+        epoch: the epoch to iterate over. skip: the number of its batches to skip, when resuming.
+        sampler: any sampler of indices, to make the batches of its indices as the notebooks of the Udacity course do;
+            `None` for this class's own batches.
     """
 
     def __init__(
@@ -196,7 +209,7 @@ class EpochSampler(Sampler[list[int]]):
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
             raise UserError(
-                f"batch_size={batch_size}, rank={rank}, world_size={world_size} cannot be; "
+                f"batch_size={batch_size}, rank={rank}, world_size={world_size} is out of range; "
                 "give batch_size >= 1 and 0 <= rank < world_size"
             )
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
@@ -205,11 +218,11 @@ class EpochSampler(Sampler[list[int]]):
         self.sampler: Sampler[int] | None = None
 
     def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
-        """The batches of all processes for one epoch, drawn with `generator`."""
+        """Return the batches of all processes for one epoch, drawn with `generator`."""
         raise NotImplementedError
 
     def n_batches(self) -> int:
-        """How many batches all processes have together in an epoch."""
+        """Return the number of batches of all processes in an epoch."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -219,7 +232,7 @@ class EpochSampler(Sampler[list[int]]):
         return iter(batches[self.rank :: self.world_size][self.skip :])
 
     def __len__(self) -> int:
-        """The number of batches of this process in a whole epoch."""
+        """Return the number of batches of this process in a whole epoch."""
         return len(range(self.rank, self.n_batches(), self.world_size))
 
     def _order(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -227,10 +240,10 @@ class EpochSampler(Sampler[list[int]]):
 
 
 class LengthBatchSampler(EpochSampler):
-    """Batches of captions of equal length, every caption once an epoch: full batches first, remainders last."""
+    """Batches of captions of equal length, every caption once per epoch: full batches first, remainders last."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, **options: int) -> None:
-        """Takes the length of every caption; `options` are those of `EpochSampler`."""
+        """Take the length of every caption; `options` are those of `EpochSampler`."""
         super().__init__(batch_size, seed, **options)
         lengths = np.asarray(lengths)
         order = np.argsort(lengths, kind="stable")
@@ -252,10 +265,10 @@ class LengthBatchSampler(EpochSampler):
 
 
 class ImageBatchSampler(EpochSampler):
-    """Batches of images, each once an epoch."""
+    """Batches of images, each once per epoch."""
 
     def __init__(self, n_images: int, batch_size: int, seed: int = 0, **options: int) -> None:
-        """Takes the number of images; `options` are those of `EpochSampler`."""
+        """Take the number of images; `options` are those of `EpochSampler`."""
         super().__init__(batch_size, seed, **options)
         self.n_images = n_images
 
@@ -270,63 +283,85 @@ class ImageBatchSampler(EpochSampler):
 
 
 def collate(samples: list[tuple | Broken]) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
-    """Stacks samples into images `(B, …)` and captions, padded with `IGNORE` where lengths differ.
+    """Stack samples into images `(B, …)` and captions `(B, T)`, or `(B, K, T)` when grouped by image.
 
-    Captions are `(B, T)`, or `(B, K, T)` when grouped by image, K the most captions an image has. Broken samples are
-    left out and returned beside; with nothing else there are no images.
+    Captions are padded with `IGNORE` where lengths differ; K is the largest number of captions of an image. Broken
+    samples are left out and returned separately; if all are broken, images and captions are None.
     """
-    broken = [sample for sample in samples if isinstance(sample, Broken)]
-    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    good, broken = _separate(samples)
     if not good:
         return None, None, broken
     first, second = zip(*good, strict=True)
     if isinstance(second[0], list):
-        k, t = max(map(len, second)), max(len(ids) for captions in second for ids in captions)
-        captions = torch.full((len(good), k, t), IGNORE)
-        for i, own in enumerate(second):
-            for j, ids in enumerate(own):
-                captions[i, j, : len(ids)] = ids
-    else:
-        captions = torch.nn.utils.rnn.pad_sequence(list(second), batch_first=True, padding_value=IGNORE)
-    return _stack(first), captions, broken
+        return _stack(first), pad_captions(second), broken
+    return _stack(first), torch.nn.utils.rnn.pad_sequence(list(second), True, padding_value=IGNORE), broken
 
 
 def collate_test(samples: list[tuple | Broken]) -> tuple[Tensor | None, Tensor | None, list[Broken]]:
-    """Stacks (original, image) pairs: `(B, H, W, 3)` uint8 and `(B, 3, S, S)`."""
-    broken = [sample for sample in samples if isinstance(sample, Broken)]
-    good = [sample for sample in samples if not isinstance(sample, Broken)]
+    """Stack (original, image) pairs: `(B, H, W, 3)` uint8 and `(B, 3, S, S)`."""
+    good, broken = _separate(samples)
     if not good:
         return None, None, broken
     originals, images = zip(*good, strict=True)
     return torch.stack([torch.from_numpy(np.ascontiguousarray(o)) for o in originals]), _stack(images), broken
 
 
+def pad_captions(captions: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Pad the captions of several images with `IGNORE`, to `(B, K, T)`."""
+    k, t = max(map(len, captions)), max((len(ids) for own in captions for ids in own), default=0)
+    padded = torch.full((len(captions), k, t), IGNORE)
+    for i, own in enumerate(captions):
+        for j, ids in enumerate(own):
+            padded[i, j, : len(ids)] = ids
+    return padded
+
+
+def _separate(samples: list[tuple | Broken]) -> tuple[list[tuple], list[Broken]]:
+    broken = [sample for sample in samples if isinstance(sample, Broken)]
+    return [sample for sample in samples if not isinstance(sample, Broken)], broken
+
+
 def _stack(images: Sequence[Tensor]) -> Tensor:
     if others := [image for image in images if not isinstance(image, Tensor)]:
-        raise UserError(f"the transform gives a {type(others[0]).__name__}, not a tensor; end it with ToTensor()")
+        raise UserError(f"the transform returns a {type(others[0]).__name__}, not a tensor; end it with ToTensor()")
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
         raise UserError(
-            f"images of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform that brings all to "
-            "one size, such as Transform(resize=256, crop=224)"
+            f"images of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform with a fixed output "
+            "size, such as Transform(resize=256, crop=224)"
         )
     return torch.stack(list(images))
 
 
 class CaptionLoader(DataLoader):
-    """A `DataLoader` that leaves broken images out, counts them, and stops when there are too many.
+    """A `DataLoader` that leaves out broken images, counts them, and stops when there are too many.
 
     Attributes:
-        broken: path -> what is wrong with it, so far.
-        drawn: how many batches this pass has drawn, those included in which nothing could be read.
+        broken: path -> error message of every broken image so far.
+        drawn: the number of batches drawn in this pass, including those without a readable image.
     """
 
-    def __init__(self, dataset: CaptionDataset, max_broken: int = 100, **options: object) -> None:
-        """`options` are `DataLoader`'s; `max_broken` is how many images may be broken before training stops."""
-        super().__init__(dataset, **options)
+    def __init__(
+        self, samples: CaptionDataset, batch_size: int, num_workers: int = 0, max_broken: int = 100, **options: int
+    ) -> None:
+        """Take the number of broken images to leave out; `options` are those of `EpochSampler`."""
         self.max_broken = max_broken
         self.broken: dict[str, str] = {}
         self.drawn = 0
+        if samples.group == "length" and samples.mode != "test":
+            batches: EpochSampler = LengthBatchSampler(samples.caption_lengths, batch_size, **options)
+        else:
+            batches = ImageBatchSampler(len(samples.caption_set), batch_size, **options)
+        super().__init__(
+            samples,
+            batch_sampler=batches,
+            num_workers=num_workers,
+            collate_fn=collate_test if samples.mode == "test" else collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0 and samples.mode == "train",
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator().manual_seed(batches.seed),  # the global generator belongs to training
+        )
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.drawn = 0
@@ -340,16 +375,27 @@ class CaptionLoader(DataLoader):
                 listed = "\n".join(f"  {reason}" for reason in self.broken.values())
                 raise UserError(
                     f"{len(self.broken)} images cannot be read, more than the {self.max_broken} allowed; "
-                    f"mend or remove them, or raise max_broken:\n{listed}"
+                    f"repair or remove them, or raise max_broken:\n{listed}"
                 )
             if images is not None:
                 yield images, captions
 
+    def close(self) -> None:
+        """End the worker processes, which otherwise wait for the next epoch."""
+        if self._iterator is not None:
+            self._iterator._shutdown_workers()
+            self._iterator = None
+
     def _collated(self) -> Iterator[tuple[Tensor | None, Tensor | None, list[Broken]]]:
         try:
             yield from super().__iter__()
-        except UserError as error:  # a worker's comes with its traceback, which is not for the user
+        except UserError as error:  # from a worker, it comes with a traceback, which is of no use to the user
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Leave Ctrl-C, which reaches all processes of a terminal, to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def get_loader(
@@ -370,100 +416,73 @@ def get_loader(
     split: str | None = None,
     vocab: Vocabulary | None = None,
     group: str = "length",
-    captions_per_image: int = 0,
-    cache: FeatureCache | None = None,
-    mirror_cache: FeatureCache | None = None,
     seed: int = 0,
     shuffle: bool | None = None,
     rank: int = 0,
     world_size: int = 1,
     max_broken: int = 100,
-    start_method: str | None = None,
 ) -> CaptionLoader:
-    """Opens a data set and returns its batches. The first eleven arguments are the ancestors', in their order.
+    """Open a data set and return its batches. The first eleven arguments are those of the Udacity course, in order.
 
     Args:
-        transform: a `Transform`, or any callable from a PIL image to a tensor (a torchvision `Compose`, say).
+        transform: a `Transform`, or any callable from a PIL image to a tensor (a torchvision `Compose`, for example).
         mode: `"train"`: (images, captions), shuffled and augmented; `"val"`: the same of the validation split, in
             fixed order; `"test"`: (original image, image), one at a time.
-        batch_size: captions (or images, by `group`) in a batch.
-        vocab_threshold: for a new vocabulary (5 if left out); checked against that of a loaded one.
-        vocab_file: where the vocabulary is read from, or written to when it is new; `vocab.pkl` of this project if
-            left out, which is only ever read.
-        start_word: as in the ancestors; `<start>` is the only one.
-        end_word: likewise `<end>`.
-        unk_word: likewise `<unk>`.
+        batch_size: captions (or images, by `group`) per batch.
+        vocab_threshold: for a new vocabulary (default 5); compared with that of a loaded one.
+        vocab_file: where the vocabulary is read from, or written to if it is new; by default `vocab.pkl` of this
+            project, which is only read.
+        start_word, end_word, unk_word: accepted for the course's notebooks; the defaults are the only values.
         vocab_from_file: whether to load the vocabulary rather than build it from the training captions.
-        num_workers: loader processes; 0 loads in this one.
-        cocoapi_loc: the folder that holds the ancestors' `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
+        num_workers: loader processes; 0 loads in this process.
+        cocoapi_loc: the folder that holds the course's `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
         dataset: a reader of `showtell.datasets`, or an open `CaptionSet`.
-        data_dir: the data set's folder.
-        split: its split; by default the mode's (COCO's test images have no captions: its `test` is `val`).
-        vocab: an open vocabulary, instead of `vocab_file`.
-        group: `"length"` or `"image"`, see the module.
-        captions_per_image: with `group="image"` in training, so many captions drawn anew each epoch; 0 is all.
-        cache: features to hand out in place of images.
-        mirror_cache: those of their mirror images, for a transform that flips.
-        seed: of shuffling and augmentation.
-        shuffle: by default all modes but `"val"`.
-        rank: this process among `world_size`.
-        world_size: how many processes share an epoch.
-        max_broken: how many unreadable images may be left out before the run stops.
-        start_method: `"fork"` or `"spawn"` for the workers; the platform's if left out.
+        data_dir, split: its folder and split; by default the mode's split, and `val` for COCO's test images, which have
+            no captions.
+        vocab: an open vocabulary, instead of `vocab_file`. group: `"length"` or `"image"`, see the module.
+        seed: random seed of shuffling and augmentation. shuffle: by default in all modes but `"val"`.
+        rank, world_size: this process, and the number of processes that share an epoch.
+        max_broken: the number of unreadable images to leave out before stopping with an error.
 
     Raises:
-        UserError: arguments that contradict each other, or data that is not what it should be.
-        MissingFileError: the data or the vocabulary is not there.
+        UserError: arguments that contradict each other, or data in an unexpected format.
+        MissingFileError: the data or the vocabulary is missing.
     """
     if mode not in MODES:
         raise UserError(f"mode={mode!r} is not known; choose one of {', '.join(MODES)}")
     if (start_word, end_word, unk_word) != (START, END, UNK):
         raise UserError(f"the special words are always {START}, {END} and {UNK}; leave these arguments out")
     if mode == "test" and batch_size != 1:
-        raise UserError(f"mode='test' gives originals of any size, one at a time, not {batch_size}; use batch_size=1")
+        raise UserError(f"mode='test' returns originals of any size, one at a time; use batch_size=1, not {batch_size}")
     if not vocab_from_file and mode != "train":
         raise UserError(f"a vocabulary is built from training captions only; use vocab_from_file=True in mode={mode!r}")
     if cocoapi_loc is not None:
         dataset, data_dir = "coco", Path(cocoapi_loc) / "cocoapi"
-    if isinstance(dataset, CaptionSet):
-        captions = dataset
-    else:
-        captions = datasets.load(dataset, data_dir, split or ("val" if (dataset, mode) == ("coco", "test") else mode))
+    caption_set = dataset
+    if not isinstance(dataset, CaptionSet):
+        split = split or ("val" if (dataset, mode) == ("coco", "test") else mode)
+        caption_set = datasets.load(dataset, data_dir, split)
     if vocab is None:
-        vocab = _vocabulary(captions, vocab_threshold, vocab_file, vocab_from_file)
-    samples = CaptionDataset(
-        captions, vocab, transform, mode, group, batch_size, seed, cache, captions_per_image, mirror_cache
-    )
-    options = {"seed": seed, "shuffle": mode != "val" if shuffle is None else shuffle}
-    options |= {"rank": rank, "world_size": world_size}
-    if group == "length" and mode != "test":
-        batches: EpochSampler = LengthBatchSampler(samples.caption_lengths, batch_size, **options)
-    else:
-        batches = ImageBatchSampler(len(captions), batch_size, **options)
-    return CaptionLoader(
-        samples,
-        max_broken,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=collate_test if mode == "test" else collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-        multiprocessing_context=start_method if num_workers else None,
-        generator=torch.Generator().manual_seed(seed),  # the global generator belongs to training
-    )
+        vocab = _vocabulary(caption_set, vocab_threshold, vocab_file, vocab_from_file)
+    samples = CaptionDataset(caption_set, vocab, transform, mode, group, batch_size, seed)
+    if samples.n_cut:
+        warnings.warn(f"{samples.n_cut} captions have over {MAX_WORDS} words and are cut to that", stacklevel=2)
+    shuffle = mode != "val" if shuffle is None else shuffle
+    options = {"shuffle": shuffle, "seed": seed, "rank": rank, "world_size": world_size}
+    return CaptionLoader(samples, batch_size, num_workers, max_broken, **options)
 
 
 def _vocabulary(
-    captions: CaptionSet, threshold: int | None, path: str | PathLike | None, from_file: bool
+    caption_set: CaptionSet, threshold: int | None, path: str | PathLike | None, from_file: bool
 ) -> Vocabulary:
     if not from_file:
-        vocab = Vocabulary.build(captions.all_captions(), 5 if threshold is None else threshold, "treebank")
+        vocab = Vocabulary.build(caption_set.all_captions(), 5 if threshold is None else threshold, "treebank")
         if path is not None:
             vocab.save(path)
         return vocab
     path = Path(path) if path is not None else default_vocab_file()
     vocab = Vocabulary.load(path, threshold)
-    words = [word for text in list(captions.all_captions())[:1000] for word in vocab.tokenize(text)]
+    words = [word for text in islice(caption_set.all_captions(), 1000) for word in vocab.tokenize(text)]
     known = sum(word in vocab for word in words) / max(1, len(words))
     if known < 0.8:
         warnings.warn(
@@ -475,6 +494,6 @@ def _vocabulary(
 
 
 def default_vocab_file() -> Path:
-    """`vocab.pkl` in the current folder, else the one of this checkout."""
+    """Return `vocab.pkl` in the current folder, or else that of this checkout."""
     here = Path("vocab.pkl")
     return here if here.is_file() else Path(__file__).resolve().parent.parent / "vocab.pkl"
