@@ -246,9 +246,8 @@ def _train(args: argparse.Namespace) -> int:
 
     _check_outputs([], args.out)
     settings = _settings(args)
-    begun = ("dataset", "init", "seed", "subset", "val_images", "best_by")
-    free = ("data_dir", "patience", "tensorboard", "features")  # may change while a run goes on
-    given = {name: value for name in (*begun, *free) if (value := getattr(args, name)) is not None}
+    flags = "dataset init seed subset val_images best_by data_dir patience tensorboard features".split()
+    given = {name: value for name in flags if (value := getattr(args, name)) is not None}
     if args.workers is not None:
         given["num_workers"] = args.workers
     if args.encoder_weights:
@@ -256,10 +255,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.init:
         given["init"] = str(find_model(args.init))  # as the run keeps it, for --resume
     if args.resume:
-        _refuse_changes(args, settings, {name: given.pop(name) for name in (*begun, "weights") if name in given})
-        if args.dry_run:
-            given["features"] = ""
-        trainer = Trainer.resume(args.out, device=_device(args), **given)
+        trainer = Trainer.resume(args.out, recipe=args.recipe, settings=settings, device=_device(args), **given)
     else:
         recipe = recipe_named(args.recipe) if args.recipe else Recipe()
         if args.init and not args.recipe:
@@ -267,7 +263,7 @@ def _train(args: argparse.Namespace) -> int:
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
         run = Run(out=args.out, device=_device(args), **given)
-        trainer = Trainer(recipe.with_settings(settings), run, dry=args.dry_run)
+        trainer = Trainer(recipe.with_settings(settings), run)
     for captions in (trainer.train_set, trainer.val_set):
         _say_missing(captions.missing, captions.split)
     _say(trainer.describe())
@@ -309,25 +305,6 @@ def _settings(args: argparse.Namespace) -> dict[str, object]:
                 raise UserError(f"--{flag} {value} and --set {name}={settings[name]} both say {name}; give one")
             settings[name] = value
     return settings
-
-
-def _refuse_changes(args: argparse.Namespace, settings: dict[str, object], run: dict[str, object]) -> None:
-    """With --resume the flags a run was begun with may be typed again, but not others."""
-    from showtell.annotations import read_json
-    from showtell.recipes import Recipe, recipe_named
-
-    path = Path(args.out) / "run.json"
-    if not path.is_file():
-        return  # nor is there a run, which `Trainer.resume` says
-    begun = read_json(path)
-    recipe = Recipe(**begun["recipe"])  # with the defaults of what an earlier version did not know
-    old = recipe.to_dict() | begun["run"]
-    new = (recipe_named(args.recipe) if args.recipe else recipe).with_settings(settings).to_dict() | run
-    if changed := [f"{name} from {old.get(name)} to {value}" for name, value in new.items() if value != old.get(name)]:
-        raise UserError(
-            f"--resume goes on with the settings in {args.out}, and these flags would change {', '.join(changed)}; "
-            "leave them out, or begin a new run with another --out"
-        )
 
 
 def _evaluate(args: argparse.Namespace) -> int:

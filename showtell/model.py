@@ -9,6 +9,7 @@ from __future__ import annotations
 from os import PathLike
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -135,3 +136,33 @@ def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0)
     if label_smoothing:
         objective = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1).sum()
     return Loss(objective, nll.detach(), real.sum())
+
+
+def drop_words(captions: Tensor, rate: float, unk_id: int) -> Tensor:
+    """Replace words that the decoder reads by `<unk>`, so that it relies on the image.
+
+    Word dropout (Bowman et al. 2016, arXiv 1511.06349): each word but `<start>` is `<unk>` with probability `rate`.
+
+    Args:
+        captions: `(…, T)`, padded with `IGNORE`, which is kept.
+        rate: from 0 to below 1.
+        unk_id: the id of `<unk>`.
+    """
+    if not rate:
+        return captions
+    hidden = (torch.rand(captions.shape, device=captions.device) < rate) & (captions != IGNORE)
+    hidden[..., 0] = False
+    return captions.masked_fill(hidden, unk_id)
+
+
+def doubly_stochastic_penalty(alphas: Tensor, captions: Tensor) -> Tensor:
+    """Penalise attention whose sum over a caption is not 1 for every cell (Xu et al. 2015, eq. 14), mean over captions.
+
+    Args:
+        alphas: `(N, T-1, L)`.
+        captions: `(N, T)` or `(B, K, T)`, padded with `IGNORE`, where attention does not count.
+    """
+    real = (captions.flatten(0, -2)[:, 1:] != IGNORE).unsqueeze(2)
+    captions_with_words = real.any(1).sum().clamp(min=1)
+    attended = (alphas * real).sum(1)  # (N, L)
+    return ((1 - attended).square() * real.any(1)).sum() / captions_with_words

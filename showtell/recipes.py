@@ -29,7 +29,7 @@ class Recipe:
         embed_size, hidden_size: E and H. num_layers: of an LSTM, or blocks of a Transformer.
         attention_size: hidden size of the additive attention. num_heads: of a Transformer's attention.
         dropout: on the decoder's inputs and outputs. tie_embeddings: share the embedding and classifier matrices.
-        word_dropout: the part of the input words that is hidden, see `showtell.train.drop_words`.
+        word_dropout: the part of the input words that is hidden, see `showtell.model.drop_words`.
         resize, squash, crop: the image size: `resize` the shorter side and cut a square `crop`, or, with `squash`,
             resize the whole image to `resize` x `resize`.
         random_crop, flip: augmentation. With random crops, training cannot use cached features; flips need two caches.

@@ -1,11 +1,10 @@
-"""What a training run writes of its course: log lines, JSON lines, TensorBoard events, a curve."""
+"""The log of a training run: text and JSON lines, TensorBoard events, and a plot of the losses."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +13,14 @@ from tqdm import tqdm
 
 from showtell.errors import UserError
 from showtell.figures import Curve, write_curve
+from showtell.metrics import perplexity
 
-
-def perplexity_of(loss: float) -> float:
-    """The perplexity of a mean loss in nats; beyond 700 a float overflows."""
-    return math.exp(min(loss, 700.0))
+FILES = ("training_log.txt", "training_log.jsonl")  # for people, and for programs
 
 
 @dataclass
 class Totals:
-    """Token-weighted sums of an epoch so far; `recent` is the mean loss of the last batch."""
+    """Token-weighted sums over the epoch so far; `recent` is the mean loss of the last batch."""
 
     nll: float = 0.0
     words: int = 0
@@ -37,11 +34,23 @@ class Totals:
         return self.nll / max(1, self.words)
 
 
+def log_sizes(out: Path) -> dict[str, int]:
+    """Return the sizes of the log files in bytes, to save with a run."""
+    return {name: (out / name).stat().st_size for name in FILES if (out / name).is_file()}
+
+
+def cut_logs(out: Path, sizes: Mapping[str, int]) -> None:
+    """Cut the log files back to the sizes of the last save: the steps logged since then are trained again."""
+    for name, size in log_sizes(out).items():
+        if size > sizes.get(name, 0):
+            os.truncate(out / name, sizes.get(name, 0))
+
+
 class TrainingLog:
-    """`training_log.txt` for people, `training_log.jsonl` for programs, TensorBoard on request; all are appended to."""
+    """`training_log.txt`, `training_log.jsonl` and, on request, TensorBoard events; all are appended to."""
 
     def __init__(self, out: Path, tensorboard: bool = False, quiet: bool = False) -> None:
-        """Opens the log of the run in `out`; unless `quiet`, each epoch's line is printed too."""
+        """Open the log of the run in `out`; unless `quiet`, each epoch's line is printed too."""
         self.quiet = quiet
         self.board = None
         if tensorboard:
@@ -50,8 +59,7 @@ class TrainingLog:
             except ImportError:
                 raise UserError('--tensorboard needs tensorboard; type pip install "showtell[tensorboard]"') from None
             self.board = SummaryWriter(str(out))
-        self.text = (out / "training_log.txt").open("a", encoding="utf-8", buffering=1)
-        self.lines = (out / "training_log.jsonl").open("a", encoding="utf-8", buffering=1)
+        self.text, self.lines = ((out / name).open("a", encoding="utf-8", buffering=1) for name in FILES)
 
     def __enter__(self) -> TrainingLog:
         return self
@@ -63,11 +71,9 @@ class TrainingLog:
             self.board.close()
 
     def step(self, epoch: int, epochs: int, step: int, steps: int, totals: Totals) -> None:
-        loss, perplexity = totals.recent, perplexity_of(totals.recent)
-        self.text.write(
-            f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, Perplexity: {perplexity:.4f}\n"
-        )
-        self.lines.write(json.dumps({"epoch": epoch, "step": step, "loss": loss, "perplexity": perplexity}) + "\n")
+        loss, ppl = totals.recent, perplexity(totals.recent)
+        self.text.write(f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, Perplexity: {ppl:.4f}\n")
+        self.lines.write(json.dumps({"epoch": epoch, "step": step, "loss": loss, "perplexity": ppl}) + "\n")
         if self.board:
             self.board.add_scalar("train/loss", loss, (epoch - 1) * steps + step)
 
@@ -93,7 +99,7 @@ class TrainingLog:
 
 
 def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
-    """Draws loss and perplexity of every epoch, training and validation, as a PNG."""
+    """Plot loss and perplexity of every epoch, training and validation, as a PNG."""
 
     def series(kind: str) -> dict[str, list[tuple[float, float]]]:
         return {
@@ -102,7 +108,7 @@ def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
         }
 
     curves = [
-        Curve("Loss", series("loss"), "epoch", "nats a word"),
+        Curve("Loss", series("loss"), "epoch", "nats per word"),
         Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True),
     ]
     write_curve(path, curves)

@@ -622,7 +622,7 @@ def test_a_run_writes_its_files_and_prints_how_to_caption(own_data, tmp_path, ca
 def test_a_dry_run_describes_the_run_and_writes_nothing(own_data, tmp_path, capsys):
     before = leftovers(tmp_path)
     arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(tmp_path / "run")]
-    assert main([*arguments, "--encoder", "resnet18", "--set", "threshold=1", "--dry-run"]) == 0
+    assert main([*arguments, "--encoder", "resnet18", "--set", "threshold=1", "warmup=0", "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "14 images with 28 captions to train on, 4 images to validate" in printed.err
@@ -717,7 +717,7 @@ def test_ctrl_c_saves_and_resume_finishes(own_data, tmp_path, capsys):
     sentence = said.strip().splitlines()[-1]
     assert sentence.startswith("showtell: stopped in epoch 1 after step ")
     command = f"showtell train --resume --out {out}"
-    assert sentence.endswith(f"and saved; to go on, type: {command}")
+    assert sentence.endswith(f"and saved; to continue, type: {command}")
     assert not list(out.glob(".*"))  # no half-written file
     assert not (out / "last.safetensors").exists()
     refused(capsys, arguments, "already holds a run", "add --resume")
@@ -885,7 +885,7 @@ def test_a_broken_image_is_left_out_and_reported(model, own_data, capsys, tmp_pa
     capsys.readouterr()
     assert main(evaluate(model, data, tmp_path / "none")) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last == "showtell: none of the 14 images of folder train can be read; mend them first"
+    assert last == "showtell: none of the 14 images of folder train can be read; check the folder they are in"
     assert not (tmp_path / "none").exists()
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: a data set captioned in batches as image by image; perplexity by words; broken images by name."""
+"""Evaluation: a data set in batches as image by image; loss weighted by words; broken images by name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from PIL import Image
 from showtell import datasets, metrics
 from showtell.captioner import load
 from showtell.checkpoint import save_checkpoint
-from showtell.data_loader import CaptionDataset, get_loader
+from showtell.data_loader import CaptionDataset, CaptionLoader, get_loader
 from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS
 from showtell.decoding import DecodingOptions, beam_search
 from showtell.errors import UserError
-from showtell.evaluate import evaluate, image_loader, perplexity, write_captions
+from showtell.evaluate import evaluate, mean_loss, write_captions
 from showtell.features import FeatureCache
-from showtell.model import CaptionModel
+from showtell.model import CaptionModel, EncoderCNN
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
 
@@ -74,7 +74,9 @@ def on_disk(folder: Path, scenes: SyntheticSet, broken: dict[int, bytes]) -> Cap
 
 
 def loader_of(captions: CaptionSet, vocab: Vocabulary, batch_size: int = 4, **options):
-    return image_loader(CaptionDataset(captions, vocab, TRANSFORM, "val", "image"), batch_size, **options)
+    return CaptionLoader(
+        CaptionDataset(captions, vocab, TRANSFORM, "val", "image"), batch_size, shuffle=False, **options
+    )
 
 
 @pytest.mark.parametrize("beam_size", [1, 3])
@@ -94,7 +96,7 @@ def test_a_data_set_is_captioned_as_its_images_are_one_by_one(decoder, beam_size
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_broken_images_are_left_out_by_name_and_nobody_gets_anothers_caption(num_workers, scenes, vocab, tmp_path):
+def test_broken_images_are_left_out_and_no_image_gets_the_caption_of_another(num_workers, scenes, vocab, tmp_path):
     broken = {0: b"no image", 4: b"", 5: b"\x89PNG\r\n\x1a\n cut", 6: b"x", 7: b"y", 10: b"z"}  # 4 to 7: a batch
     data = on_disk(tmp_path, scenes, broken)
     model, rules = model_of("show-tell", vocab), DecodingOptions.of(vocab, max_len=8)
@@ -107,7 +109,7 @@ def test_broken_images_are_left_out_by_name_and_nobody_gets_anothers_caption(num
     assert sorted(Path(path).name for path in loader.broken) == [f"{i:02d}.png" for i in sorted(broken)]
 
 
-def test_a_image_that_comes_back_is_captioned_again(scenes, vocab, tmp_path):
+def test_an_image_that_comes_back_is_captioned_again(scenes, vocab, tmp_path):
     data = on_disk(tmp_path, scenes, {3: b"not yet"})
     model, loader = model_of("show-tell", vocab), loader_of(data, vocab)
     rules = DecodingOptions.of(vocab, max_len=8)
@@ -126,7 +128,7 @@ def test_too_many_broken_images_are_listed(scenes, vocab, tmp_path):
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
-def test_perplexity_is_that_of_a_plain_loop_however_batched(decoder, scenes, vocab):
+def test_the_loss_is_that_of_a_plain_loop_however_batched(decoder, scenes, vocab):
     model = model_of(decoder, vocab)
     nll, words = 0.0, 0
     with torch.no_grad():
@@ -139,18 +141,8 @@ def test_perplexity_is_that_of_a_plain_loop_however_batched(decoder, scenes, voc
                 words += len(ids) - 1
     for group, batch_size in (("image", 1), ("image", 4), ("image", 11), ("length", 3), ("length", 50)):
         loader = get_loader(TRANSFORM, "val", batch_size, dataset=scenes, vocab=vocab, group=group)
-        loss, ppl = perplexity(model.train(), loader)
-        assert loss == pytest.approx(nll / words, rel=1e-5)
-        assert ppl == pytest.approx(math.exp(nll / words), rel=1e-4)
+        assert mean_loss(model.train(), loader) == pytest.approx(nll / words, rel=1e-5)
     assert not model.training
-
-
-def test_a_perplexity_too_large_for_a_float_is_the_largest(scenes, vocab):
-    model = model_of("show-tell", vocab)
-    model.decoder.linear.weight.data *= 1e6
-    loss, ppl = perplexity(model, loader_of(scenes, vocab))
-    assert 700 < loss < math.inf
-    assert ppl == math.exp(700)
 
 
 def test_encode_takes_images_and_cached_features(scenes, vocab, tmp_path):
@@ -164,9 +156,10 @@ def test_encode_takes_images_and_cached_features(scenes, vocab, tmp_path):
         )
         from_cache = model.encoder(cache.get(cache.rows(scenes)))
         torch.testing.assert_close(from_cache, model.encoder(images), rtol=0, atol=0.03)  # of a deviation of 3
-    cached = CaptionDataset(scenes, vocab, TRANSFORM, "val", "image", cache=cache)
+    cached = loader_of(scenes, vocab)
+    cached.dataset.use_features(cache)
     rules = DecodingOptions.of(vocab, max_len=8)
-    found = write_captions(model, image_loader(cached, 4), rules, 2)
+    found = write_captions(model, cached, rules, 2)
     fresh = write_captions(model, loader_of(scenes, vocab), rules, 2)
     assert {i: h.ids for i, h in found.items()} == {i: h.ids for i, h in fresh.items()}
 
@@ -185,7 +178,7 @@ def test_what_on_batch_raises_ends_the_work(scenes, vocab):
     assert len(batches) == 2
     batches.clear()
     with pytest.raises(InterruptedError):
-        perplexity(model, loader_of(scenes, vocab), on_batch=stop)
+        mean_loss(model, loader_of(scenes, vocab), on_batch=stop)
     assert len(batches) == 2
 
 
@@ -220,8 +213,23 @@ def test_evaluate_scores_what_the_captioner_writes(saved, scenes, tmp_path):
     for name in ("Bleu_1", "Bleu_4", "ROUGE_L", "CIDEr"):
         assert document["scores"][name] == pytest.approx(scores[name])
     assert document["scores"]["METEOR"] is None
-    assert document["scores"]["perplexity"] == pytest.approx(found.perplexity)
+    loss = mean_loss(captioner.model, loader_of(data, captioner.vocab))
+    assert document["scores"]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert "perplexity" in found.table()
+
+
+def test_evaluate_reads_and_encodes_each_image_once(saved, scenes, tmp_path, monkeypatch):
+    data = on_disk(tmp_path, scenes, {})
+    data.captions = [["a red circle " * 500], *scenes.captions[1:]]
+    encode, n_encoded, read, read_bytes = EncoderCNN.forward, [], [], Path.read_bytes
+    monkeypatch.setattr(
+        EncoderCNN, "forward", lambda self, images: n_encoded.append(len(images)) or encode(self, images)
+    )
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or read_bytes(path))
+    with pytest.warns(UserWarning, match="1 true captions have over 100 words and are cut for the perplexity"):
+        evaluate(saved, data, beam_size=1, device="cpu", progress=False)
+    assert sum(n_encoded) == 11
+    assert sorted(path for path in read if path.endswith(".png")) == [data.path(i) for i in range(11)]
 
 
 @pytest.mark.parametrize("model", ["best", "run/best.safetensors"])
@@ -246,6 +254,6 @@ def test_evaluate_some_images_and_write_a_page(saved, scenes, tmp_path):
         assert caption.text in text
 
 
-def test_evaluate_refuses_a_beam_that_cannot_be(saved, scenes):
-    with pytest.raises(UserError, match="--beam-size 0 cannot be; give 1 for greedy, or more"):
+def test_evaluate_refuses_a_beam_size_of_zero(saved, scenes):
+    with pytest.raises(UserError, match="beam_size=0; give whole numbers from 1 up"):
         evaluate(saved, scenes, beam_size=0, device="cpu", progress=False)

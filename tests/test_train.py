@@ -1,4 +1,4 @@
-"""Training: a stopped run goes on bit for bit, a killed one keeps its last save, and the recipe is what is learnt."""
+"""Training: a stopped run continues bit for bit, a killed one from its last save, and the recipe is followed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,14 +21,14 @@ from torch.nn import functional as F
 
 from showtell import checkpoint as checkpoint_module
 from showtell import datasets, metrics, train
+from showtell import run as run_module
 from showtell.checkpoint import load_checkpoint, load_resume, read_header
 from showtell.data_loader import ImageBatchSampler
 from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS, IGNORE
 from showtell.decoding import DecodingOptions, greedy
 from showtell.errors import UserError
-from showtell.files import lock
-from showtell.model import caption_loss
+from showtell.model import caption_loss, doubly_stochastic_penalty, drop_words
 from showtell.recipes import Recipe
 from showtell.train import Run, Stopped, Trainer
 
@@ -58,13 +60,13 @@ def no_curve(monkeypatch):
 
 @pytest.fixture
 def no_files(monkeypatch, no_curve):
-    """For large backbones, whose checkpoints nobody reads here."""
-    monkeypatch.setattr(Trainer, "_save_model", lambda *_: None)
+    """For large backbones, whose checkpoints are not read here."""
+    monkeypatch.setattr(Trainer, "_save_models", lambda *_: None)
     monkeypatch.setattr(Trainer, "save_resume", lambda _: None)
 
 
 def drawn(n: int = 20, split: str = "train", captions: int = 2) -> SyntheticSet:
-    """Scenes of 16 pixels with so many captions each."""
+    """Return scenes of 16 pixels with `captions` captions each."""
     full = datasets.load("synthetic", split=split, n=n, size=16)
     return SyntheticSet(split, range(n), 16, 0, [texts[:captions] for texts in full.captions])
 
@@ -75,12 +77,12 @@ def trainer_in(out: Path, recipe: Recipe = SMALL, train_set=None, val_set=None, 
 
 
 def resumed(out: Path, **changes) -> Trainer:
-    torch.manual_seed(999)  # what the process did before must not matter
+    torch.manual_seed(999)  # must have no effect
     return Trainer.resume(out, drawn(), drawn(5, "val"), **changes)
 
 
 def signal_at(trainer: Trainer, number: int, step: int) -> None:
-    """Sends this process a signal in the middle of a step of the first epoch."""
+    """Send this process a signal in the middle of a step of the first epoch."""
     take_step = trainer._train_step
 
     def interrupted(images, captions):
@@ -105,7 +107,7 @@ def timeless(history: list[dict]) -> list[dict]:
 
 
 def assert_same_run(one: Path, other: Path) -> None:
-    """Weights, optimiser, generators and history of two run folders are equal, bit for bit."""
+    """Compare weights, optimiser, generators and history of two run folders, bit for bit."""
     a, b = load_resume(one / "resume.pt"), load_resume(other / "resume.pt")
     assert timeless(a["history"]) == timeless(b["history"])
     for key in ("model", "optimizer", "scheduler", "generators", "epoch", "step", "totals", "best"):
@@ -117,7 +119,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Gives the folder of a run that nothing interrupted, made once for each recipe."""
+    """Return the folder of an uninterrupted run, made once for each recipe."""
     done: dict[Recipe, Path] = {}
 
     def run(recipe: Recipe) -> Path:
@@ -140,7 +142,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("settings", "num_workers", "number"), WAYS, ids=[way[0]["decoder"] for way in WAYS])
-def test_a_stopped_run_goes_on_bit_for_bit(settings, num_workers, number, straight, tmp_path, no_curve):
+def test_a_stopped_run_continues_bit_for_bit(settings, num_workers, number, straight, tmp_path, no_curve):
     recipe = SMALL.with_settings(settings)
     trainer = trainer_in(tmp_path / "a run", recipe, num_workers=num_workers)
     before = signal.getsignal(number)
@@ -170,7 +172,7 @@ def test_dropout_and_augmentation_are_on_in_these_tests(straight):
     assert losses(straight(SMALL)) != losses(straight(SMALL.with_settings({"flip": False})))
 
 
-@pytest.mark.parametrize("where", ["perplexity", "write_captions"])
+@pytest.mark.parametrize("where", ["mean_loss", "write_captions"])
 def test_stopped_while_validating_the_epoch_is_not_trained_again(where, straight, tmp_path, monkeypatch, no_curve):
     work = getattr(train, where)
 
@@ -232,63 +234,97 @@ def test_saves_inside_an_epoch_when_it_is_time(tmp_path, no_curve, monkeypatch):
 
 
 def start(function: str, *args: str) -> subprocess.Popen:
-    """Runs a function of this file in a new process."""
+    """Run a function of this file in a new process."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ["PYTHONPATH"]])
     code = f"import sys, test_train; test_train.{function}(*sys.argv[1:])"
     return subprocess.Popen(
         [sys.executable, "-c", code, *args],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a process group, as a terminal gives it
     )
 
 
-def run_until_told(out: str) -> None:
-    """Trains up to the third step, says so, and waits in it for a signal."""
+class SlowSet(SyntheticSet):
+    def image(self, i: int) -> torch.Tensor:
+        time.sleep(0.2)
+        return super().image(i)
+
+
+def run_until_told(out: str, num_workers: str, where: str) -> None:
+    """Train, and print when it is time for a signal: in the third step, or just before the loader has to wait."""
     torch.set_num_threads(1)
-    trainer = trainer_in(Path(out))
+    torch.multiprocessing.set_start_method("spawn")
+    data = drawn()
+    data.__class__ = SlowSet if where == "loader" else SyntheticSet
+    trainer = trainer_in(Path(out), train_set=data, num_workers=int(num_workers))
     take_step = trainer._train_step
 
-    def wait_in_third(images, captions):
-        if trainer.step == 2:
+    def wait(images, captions):
+        if trainer.step == (2 if where == "step" else 1):
             print("ready", flush=True)
             deadline = time.monotonic() + 120
-            while not trainer.stop_signal and time.monotonic() < deadline:
+            while where == "step" and not trainer.stop_signal and time.monotonic() < deadline:
                 time.sleep(0.01)
         return take_step(images, captions)
 
-    trainer._train_step = wait_in_third
+    trainer._train_step = wait
     try:
         trainer.fit(progress=False)
     except Stopped as stopped:
         print(stopped)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_from_outside_saves_and_the_folder_is_in_use_until_then(number, straight, tmp_path, no_curve):
+@pytest.mark.parametrize(
+    ("number", "num_workers", "where"),
+    [(signal.SIGTERM, 0, "step"), (signal.SIGINT, 2, "loader"), (signal.SIGTERM, 2, "step")],
+    ids=["no workers", "Ctrl-C", "SIGTERM"],
+)
+def test_a_signal_to_all_processes_saves_the_run(number, num_workers, where, straight, tmp_path, no_curve):
+    """As Ctrl-C sends in a terminal, and a batch system at its time limit; spawned workers inherit no handler."""
     second = trainer_in(tmp_path)
-    with start("run_until_told", str(tmp_path)) as process:
+    with start("run_until_told", str(tmp_path), str(num_workers), where) as process:
         try:
             assert process.stdout.readline() == "ready\n"
             with pytest.raises(UserError, match=f"process {process.pid} on .* is training in .*; wait until it ends"):
                 second.fit(progress=False)
-            process.send_signal(number)
-            assert "stopped in epoch 1 after step 3" in process.communicate(timeout=60)[0]
+            time.sleep(0.2 if where == "loader" else 0)
+            os.killpg(process.pid, number)
+            printed, errors = process.communicate(timeout=120)
         finally:
             process.kill()
-    assert process.returncode == 0
+    assert re.search("stopped in epoch 1 after step [2-5]" if where == "loader" else "epoch 1 after step 3", printed)
+    assert (process.returncode, errors) == (0, "")
     with pytest.raises(UserError, match="already holds a run; add --resume"):
-        second.fit(progress=False)  # the first has come and gone, and its run must not be overwritten
+        second.fit(progress=False)  # the first has ended, and its run must not be overwritten
     resumed(tmp_path).fit(progress=False)
     assert_same_run(tmp_path, straight(SMALL))
     assert log_of(tmp_path) == log_of(straight(SMALL))
+
+
+@pytest.mark.parametrize("loader", ["loader", "val_loader", "scored_loader"])
+def test_a_loader_that_fails_after_a_signal_is_a_saved_stop(loader, tmp_path, no_curve):
+    trainer = trainer_in(tmp_path)
+
+    def fail():
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Interrupt.")
+        yield
+
+    getattr(trainer, loader)._collated = fail
+    with pytest.raises(Stopped, match="and saved"):
+        trainer.fit(progress=False)
+    trainer.stop_signal = 0
+    assert resumed(tmp_path).step == (0 if loader == "loader" else len(trainer.loader))
 
 
 KILLS = [("step", 2), ("save", 1), ("save", 3), ("step", 4)]
 
 
 def run_and_be_killed(out: str) -> None:
-    """Starts a run again and again, killing it at the n-th time it is in a step, or half through a save."""
+    """Start a run again and again; kill it the n-th time it is in a step, or half through a save."""
     torch.set_num_threads(1)
     folder = Path(out)
     next(iter(trainer_in(folder).loader))  # imports what all of them need
@@ -317,7 +353,7 @@ def run_and_be_killed(out: str) -> None:
 
 
 def _train_telling(folder: Path, writer: int) -> None:
-    """Trains, saving at every step; says where it is, and stays there a little while."""
+    """Train, saving at every step; write where it is, and stay there for a moment."""
     begun = (folder / "resume.pt").exists()
     trainer = resumed(folder) if begun else trainer_in(folder, save_minutes=0)
     take_step, torch_save = trainer._train_step, torch.save
@@ -337,7 +373,6 @@ def _train_telling(folder: Path, writer: int) -> None:
 
     trainer._train_step = slow_step
     torch.save = slow_save
-    train.write_curve = lambda *_: None
     trainer.fit(progress=False)
 
 
@@ -347,10 +382,61 @@ def test_killed_in_steps_and_saves_the_run_ends_as_if_nothing_happened(straight,
     ends = [line for line in printed.splitlines() if not line.startswith("Epoch")]
     assert ends == [*(f"killed {where}" for where, _ in KILLS), "exit 0 never"]
     assert_same_run(tmp_path, straight(SMALL))
+    assert log_of(tmp_path) == log_of(straight(SMALL)), "the steps after the last save are logged twice"
+    assert len((tmp_path / "training_log.txt").read_text().splitlines()) == len(log_of(tmp_path))
     assert list(tmp_path.glob(".*.tmp")) == [], "half a save was left behind"
 
 
-@pytest.mark.parametrize("failing", ["torch.save", "os.replace"])
+def die_in_every_rename(out: str) -> None:
+    """Start seven runs; kill the n-th when it gives the n-th file its name."""
+    torch.set_num_threads(1)
+    rename, calls = os.replace, iter(range(1, 8))
+
+    def rename_or_die(*names: str) -> None:
+        os._exit(9) if next(calls) == nth else rename(*names)
+
+    for nth in range(1, 8):
+        if not os.fork():
+            os.replace = rename_or_die
+            trainer_in(Path(out) / str(nth)).fit(progress=False)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 9
+
+
+def test_killed_in_its_first_save_a_run_is_resumed_or_started_again(straight, tmp_path):
+    with start("die_in_every_rename", str(tmp_path)) as process:
+        _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    found = {}
+    for folder in sorted(tmp_path.iterdir()):
+        files = [path.name for path in folder.iterdir() if path.suffix in (".json", ".pt", ".safetensors")]
+        found[int(folder.name)] = {name.partition(".")[0] for name in files}
+        trainer = resumed(folder) if "resume.pt" in files else trainer_in(folder)
+        trainer.fit(progress=False)
+        assert_same_run(folder, straight(SMALL))
+        assert log_of(folder) == log_of(straight(SMALL))
+    assert [found[nth] for nth in range(1, 5)] == [
+        set(), {"run"}, {"run", "resume"}, {"run", "resume", "best"}
+    ]  # fmt: skip
+
+
+def test_a_disk_that_is_full_at_the_first_save_does_not_spoil_the_folder(straight, tmp_path, monkeypatch, no_curve):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name, take_up in (("save_resume", trainer_in), ("save_checkpoint", trainer_in), ("never", resumed)):
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, full, raising=False)
+            trainer = take_up(tmp_path)
+            if name == "never":
+                trainer.fit(progress=False)
+            else:
+                with pytest.raises(OSError, match="No space left"):
+                    trainer.fit(progress=False)
+    assert_same_run(tmp_path, straight(SMALL))
+    assert log_of(tmp_path) == log_of(straight(SMALL))
+
+
+@pytest.mark.parametrize("failing", ["torch.save", "os.replace", "shutil.disk_usage"])
 def test_a_save_that_fails_leaves_the_old_one_whole(failing, tmp_path, monkeypatch, no_curve):
     trainer = trainer_in(tmp_path)
     signal_at(trainer, signal.SIGTERM, 2)
@@ -358,49 +444,34 @@ def test_a_save_that_fails_leaves_the_old_one_whole(failing, tmp_path, monkeypat
         trainer.fit(progress=False)
     old = (tmp_path / "resume.pt").read_bytes()
 
-    def half_written(value, path):
+    def half_written(_, path):
         Path(path).write_bytes(old[:1000])
         raise OSError(28, "No space left on device")
 
-    if failing == "torch.save":
-        monkeypatch.setattr(torch, "save", half_written)
-    else:
-        monkeypatch.setattr(os, "replace", lambda *_: half_written(None, tmp_path / "elsewhere"))
     again = resumed(tmp_path)
     again.step = 7
-    with pytest.raises(OSError, match="No space left"):
+    message = "No space left"
+    if failing == "torch.save":
+        monkeypatch.setattr(torch, "save", half_written)
+    elif failing == "os.replace":
+        monkeypatch.setattr(os, "replace", lambda *_: half_written(None, tmp_path / "elsewhere"))
+    else:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        message = r"saving .*resume.pt needs .* has 1000 bytes free"
+    with pytest.raises((OSError, UserError), match=message):
         again.save_resume()
     assert (tmp_path / "resume.pt").read_bytes() == old
     assert list(tmp_path.glob(".*.tmp")) == []
     assert resumed(tmp_path).step == 2
 
 
-def test_too_little_disk_is_said_and_the_old_save_kept(tmp_path, monkeypatch, no_curve):
-    trainer = trainer_in(tmp_path)
-    signal_at(trainer, signal.SIGTERM, 2)
-    with pytest.raises(Stopped):
-        trainer.fit(progress=False)
-    again = resumed(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match=r"saving .*resume.pt needs .* has 1000 bytes free"):
-        again.save_resume()
-    assert resumed(tmp_path).step == 2
-
-
-# ---- Folders and data that cannot be -----------------------------------------------------------------------------
-
-
-def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
-    trainer = trainer_in(tmp_path)
-    with lock(tmp_path, "is training in"), pytest.raises(UserError, match=r"is training in .* choose another folder"):
-        trainer.fit(progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+# ---- Folders and data that are refused ---------------------------------------------------------------------------
 
 
 def test_a_folder_with_a_run_is_refused(straight, tmp_path):
     with pytest.raises(UserError, match="already holds a run; add --resume to continue it, or choose another --out"):
         trainer_in(straight(SMALL))
-    (tmp_path / "best.safetensors").write_bytes(b"the only copy of a week's work")
+    (tmp_path / "best.safetensors").write_bytes(b"the only copy")
     with pytest.raises(UserError, match="holds the model of an older run; move it away, or choose another --out"):
         trainer_in(tmp_path)
 
@@ -411,13 +482,55 @@ def test_a_run_of_another_version_is_not_resumed(straight, tmp_path):
     state["showtell"] = "9.9"
     checkpoint_module.save_resume(tmp_path / "resume.pt", state)
     with pytest.raises(
-        UserError, match=r"written by showtell 9\.9, whose settings this one \(.*\) does not know; go on"
+        UserError, match=r"written by showtell 9\.9, with settings that this one \(.*\) does not know; resume with"
     ):
         resumed(tmp_path)
 
 
+@pytest.mark.parametrize("run_json", ["{}", "[3]", "no json", '{"recipe": {"epochs": "x"}, "run": 4}'])
+def test_run_json_is_not_needed_to_resume(run_json, straight, tmp_path):
+    shutil.copytree(straight(SMALL), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "run.json").write_text(run_json)
+    assert resumed(tmp_path, recipe=None, settings={"epochs": "2"}, patience=3).run.patience == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("recipe", None), ("run", None), ("model", None), ("model", {"x": 1}), ("optimizer", {}), ("scheduler", 3),
+        ("generators", {}), ("totals", {"nll": 1, "x": 2}), ("best", 3), ("epoch", None),
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_one_sentence(key, value, straight, tmp_path):
+    state = load_resume(straight(SMALL) / "resume.pt")
+    state[key] = value
+    if value is None:
+        del state[key]
+    checkpoint_module.save_resume(tmp_path / "resume.pt", state)
+    with pytest.raises(UserError, match=r"resume\.pt is damaged \(.*\); restore it from a copy, or start a") as error:
+        resumed(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_may_change_when_a_run_is_resumed(straight):
+    out = straight(SMALL)
+    new = {"num_workers": 2, "patience": 5, "features": "x", "print_every": 7, "save_minutes": 1.0, "max_broken": 3}
+    run = resumed(out, **new, seed=0, settings={"lr": "1e-3"}).run
+    assert {name: getattr(run, name) for name in new} == new
+    for changes, named in (
+        ({"settings": {"epochs": 9}}, "epochs from 2 to 9"),
+        ({"recipe": "demo", "settings": {"epochs": 2}}, "embed_size from 16 to 128"),
+        ({"seed": 4, "best_by": "loss"}, "seed from 0 to 4, best_by from CIDEr to loss"),
+        ({"weights": "x.pth"}, "weights from None to x.pth"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"--resume continues with .* would change .*{named}.*; leave them out, or"
+        ):
+            resumed(out, **changes)
+
+
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(UserError, match=r"holds no run to resume .*leave --resume out to begin one"):
+    with pytest.raises(UserError, match=r"holds no run to resume .*leave --resume out to start one"):
         Trainer.resume(tmp_path)
 
 
@@ -438,9 +551,7 @@ def changed(captions: CaptionSet, change: str) -> CaptionSet:
 def test_changed_data_are_not_resumed(change, split, straight):
     sets = {"train": drawn(), "val": drawn(5, "val")}
     sets[split] = changed(sets[split], change)
-    with pytest.raises(
-        UserError, match=r"have changed since .* was begun; bring them back as they were, or begin a new"
-    ):
+    with pytest.raises(UserError, match=r"have changed since .* was started; restore them, or start a new"):
         Trainer.resume(straight(SMALL), *sets.values())
     sets[split] = drawn(*((20,) if split == "train" else (5, "val")))
     assert Trainer.resume(straight(SMALL), *sets.values()).epoch == SMALL.epochs
@@ -449,14 +560,14 @@ def test_changed_data_are_not_resumed(change, split, straight):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"best_by": "beauty"}, "best_by='beauty' is not known; choose one of CIDEr"),
+        ({"best_by": "beauty"}, "best_by='beauty' is not known; choose one of Bleu_1"),
         ({"print_every": 0}, "print_every=0 is too low; give 1 or more"),
         ({"patience": -1}, "patience=-1 is too low; give 0 or more"),
         ({"num_workers": -1}, "num_workers=-1 is too low"),
         ({"save_minutes": float("nan")}, "save_minutes=nan is too low"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_settings_out_of_range(settings, message):
     with pytest.raises(UserError, match=re.escape(message)):
         Run(**settings)
 
@@ -465,7 +576,7 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def on_disk(folder: Path, captions: SyntheticSet, broken: tuple[int, ...] = ()) -> CaptionSet:
-    """The same images as files, some of them text."""
+    """Return the same images as files, some of them broken."""
     folder.mkdir(exist_ok=True)
     names = [f"{i:03d}.png" for i in range(len(captions))]
     for i, name in enumerate(names):
@@ -483,7 +594,7 @@ def test_broken_images_are_left_out_up_to_a_limit(tmp_path, no_curve):
     (record,) = trainer.fit(progress=False)
     assert math.isfinite(record["val_loss"])
     assert [Path(path).name for path in sorted(trainer.loader.broken)] == ["000.png", "007.png"]
-    assert trainer.scored.max_broken == 2
+    assert trainer.scored_loader.max_broken == 2
     with pytest.raises(UserError, match="2 images cannot be read, more than the 1 allowed") as error:
         trainer_in(tmp_path / "other", PLAIN, *data, max_broken=1).fit(progress=False)
     assert "000.png" in str(error.value)
@@ -541,7 +652,7 @@ def test_fine_tuning_moves_the_named_layers_at_their_own_rate(fine_tune, tmp_pat
     layers = ("",) if fine_tune == "all" else tuple(fine_tune.split(", "))
     own = {name for name, _ in trainer.model.encoder.backbone.net.named_parameters() if name.startswith(layers)}
     assert backbone == {f"encoder.backbone.net.{name}" for name in own}  # batch norm's statistics are no parameters
-    # Adam's first step is the learning rate itself, whatever the gradient.
+    # Adam's first step is the learning rate, for any gradient.
     steps = [(after[name] - before[name]).abs().max() for name in backbone]
     assert max(steps).item() == pytest.approx(1e-6, rel=0.2)
     assert (after["encoder.embed.weight"] - before["encoder.embed.weight"]).abs().max().item() == pytest.approx(
@@ -587,11 +698,12 @@ def test_training_from_the_cache_equals_training_from_images(decoder, fine_tune,
     recipe = recipe.with_settings({"fine_tune": fine_tune, "backbone_lr": 1e-3, "flip": flip})
     data = drawn(12), drawn(3, "val")
     cached = trainer_in(tmp_path / "cached", recipe, *data, features=str(tmp_path / "features"))
-    assert cached.loader.dataset.cache is not None
+    assert not (tmp_path / "features").exists(), "constructing a Trainer computes no features"
     (from_cache,) = cached.fit(progress=False)
+    assert cached.loader.dataset.cache is not None
     fresh = trainer_in(tmp_path / "fresh", recipe, *data)
-    assert fresh.loader.dataset.cache is None
     (from_images,) = fresh.fit(progress=False)
+    assert fresh.loader.dataset.cache is None
     assert len(losses(tmp_path / "cached")) == len(cached.loader)
     close = 1e-3 if fine_tune else 1e-4  # the cache's half precision, which layers that train carry on
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "fresh"), rel=close)
@@ -614,15 +726,10 @@ def test_a_run_from_the_cache_is_resumed_bit_for_bit_and_computes_nothing_again(
     assert rows.stat().st_size == size
 
 
-def test_where_the_first_layer_trains_there_is_nothing_to_cache(tmp_path):
-    trainer = trainer_in(tmp_path, RESNET.with_settings({"fine_tune": "all"}), features=str(tmp_path / "features"))
-    assert trainer.loader.dataset.cache is None
-    assert not (tmp_path / "features").exists()
-
-
-def test_random_crops_keep_the_cache_away(tmp_path):
-    recipe = RESNET.with_settings({"resize": 36, "random_crop": True})
-    trainer = trainer_in(tmp_path, recipe, features=str(tmp_path / "features"))
+@pytest.mark.parametrize("settings", [{"fine_tune": "all"}, {"resize": 36, "random_crop": True}])
+def test_nothing_is_cached_where_all_layers_train_or_crops_are_random(settings, tmp_path):
+    trainer = trainer_in(tmp_path, RESNET.with_settings(settings), features=str(tmp_path / "features"))
+    trainer.prepare()
     assert trainer.loader.dataset.cache is None
     assert not (tmp_path / "features").exists()
 
@@ -647,6 +754,34 @@ def test_mixed_precision_trains_single_precision_weights(precision, straight, tm
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
     assert (losses(tmp_path) == losses(straight(PLAIN))) == (precision == "float32")
     assert losses(tmp_path) == pytest.approx(losses(straight(PLAIN)), rel=0.02)
+
+
+@pytest.mark.parametrize(("capability", "native"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_precision_auto_asks_this_runs_gpu_for_bfloat16_in_hardware(capability, native, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)  # by emulation
+    of_device = {torch.device("cuda:1"): capability, torch.device("cuda:0"): (8, 0) if not native else (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", of_device.__getitem__)
+    assert train.uses_bfloat16("auto", torch.device("cuda:1")) == native
+    assert train.uses_bfloat16("bfloat16", torch.device("cuda:1"))
+    assert not train.uses_bfloat16("float32", torch.device("cuda:1"))
+    assert not train.uses_bfloat16("auto", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps", "xpu"])
+def test_the_random_numbers_of_any_device_are_saved_and_restored(kind, monkeypatch):
+    device, state, restored = torch.device(kind, 0), torch.arange(5, dtype=torch.uint8), []
+    module = getattr(torch, kind)
+    monkeypatch.setattr(module, "get_rng_state", lambda of: state if of == device else None)
+    monkeypatch.setattr(module, "set_rng_state", lambda value, of: restored.append((value.tolist(), of)))
+    states = run_module.generator_states(device)
+    assert states.keys() == {"torch", kind}
+    numbers = torch.rand(3)
+    run_module.set_generator_states(device, states)
+    assert restored == [(state.tolist(), device)]
+    assert torch.equal(torch.rand(3), numbers)
+    run_module.set_generator_states(torch.device("cpu"), states)  # a run may continue on another device
+    run_module.set_generator_states(device, run_module.generator_states(torch.device("cpu")))
+    assert len(restored) == 1
 
 
 # ---- The loss ----------------------------------------------------------------------------------------------------
@@ -679,8 +814,8 @@ def test_the_loss_is_torchs_cross_entropy(smoothing, image_step):
 def test_hidden_words():
     captions = torch.randint(3, 50, (400, 2, 6))
     captions[..., 0], captions[::2, 1, 3:] = 0, IGNORE
-    assert train.drop_words(captions, 0.0, 2) is captions
-    dropped = train.drop_words(captions, 0.3, 2)
+    assert drop_words(captions, 0.0, 2) is captions
+    dropped = drop_words(captions, 0.3, 2)
     assert torch.equal(dropped == IGNORE, captions == IGNORE)
     assert (dropped[..., 0] == 0).all()
     hidden = dropped != captions
@@ -693,7 +828,7 @@ def test_words_are_hidden_from_the_decoder_and_not_from_the_loss(tmp_path):
     images, captions = next(iter(trainer.loader))
     torch.manual_seed(1)
     with torch.no_grad():
-        logits, _ = trainer.model(images, train.drop_words(captions, 0.5, trainer.vocab.unk_id))
+        logits, _ = trainer.model(images, drop_words(captions, 0.5, trainer.vocab.unk_id))
     torch.manual_seed(1)
     nll, words = trainer._train_step(images, captions)
     assert (nll, words) == (pytest.approx(caption_loss(logits, captions).nll.item()), (captions[..., 1:] >= 0).sum())
@@ -711,10 +846,10 @@ def test_doubly_stochastic_penalty_against_a_plain_loop():
         for cell in range(7):
             total += (1 - sum(alphas[n, t, cell].item() for t in words)) ** 2
     assert counted == 3
-    assert train.doubly_stochastic_penalty(alphas, captions).item() == pytest.approx(total / counted, rel=1e-5)
+    assert doubly_stochastic_penalty(alphas, captions).item() == pytest.approx(total / counted, rel=1e-5)
 
 
-def test_the_attention_cost_is_added_to_what_training_descends(tmp_path):
+def test_the_attention_cost_is_added_to_the_objective(tmp_path):
     gradients = []
     for cost in (0.0, 2.0):
         recipe = PLAIN.with_settings({"decoder": "attend", "attention_cost": cost, "clip": 1e9})
@@ -724,7 +859,7 @@ def test_the_attention_cost_is_added_to_what_training_descends(tmp_path):
         gradients.append(trainer.model.decoder.attention.query.weight.grad.clone())
     trainer = trainer_in(tmp_path / "fresh", recipe)
     _, alphas = trainer.model(images, captions)
-    (2 * train.doubly_stochastic_penalty(alphas, captions)).backward()
+    (2 * doubly_stochastic_penalty(alphas, captions)).backward()
     torch.testing.assert_close(gradients[1] - gradients[0], trainer.model.decoder.attention.query.weight.grad)
 
 
@@ -770,6 +905,14 @@ def test_warm_up_and_cosine():
     assert train._warm_cosine(10, 10, 10) == 1.0
 
 
+@pytest.mark.parametrize(("warmup", "steps"), [(50, 1), (1, 1), (0, 0)])
+def test_the_warm_up_is_at_most_a_tenth_of_the_run(warmup, steps, tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"warmup": warmup}))
+    assert (trainer.total_steps, trainer.warmup) == (10, steps)
+    said = f"note: warmup={warmup} is shortened to {steps}, a tenth of the run's 10 steps"
+    assert (said in trainer.describe()) == (warmup > steps)
+
+
 def test_the_optimiser_gets_these_rates(tmp_path, no_curve):
     trainer = trainer_in(tmp_path, PLAIN)
     rates: list[float] = []
@@ -782,7 +925,7 @@ def test_the_optimiser_gets_these_rates(tmp_path, no_curve):
     trainer._train_step = noted
     trainer.fit(progress=False)
     total = 2 * len(trainer.loader)
-    expected = [PLAIN.lr * train._warm_cosine(step, PLAIN.warmup, total) for step in range(total)]
+    expected = [PLAIN.lr * train._warm_cosine(step, trainer.warmup, total) for step in range(total)]
     assert rates == pytest.approx(expected)
 
 
@@ -831,9 +974,9 @@ def test_a_huge_loss_is_no_error(tmp_path, no_curve):
 
 
 def scripted(trainer: Trainer, ciders: list[float], val_losses: list[float]) -> Trainer:
-    """Replaces validation by figures given beforehand."""
+    """Replace validation by given scores and losses."""
 
-    def validate(_: bool) -> dict:
+    def validate() -> dict:
         scores = {"CIDEr": ciders[trainer.epoch], "Bleu_4": 0.0, "Bleu_1": 0.0, "ROUGE_L": 0.0}
         return {"val_loss": val_losses[trainer.epoch], "val_perplexity": 1.0, "scores": scores}
 
@@ -903,9 +1046,9 @@ def test_subset_and_validation_images(tmp_path):
     assert trainer.vocab.words(range(3, len(trainer.vocab))) == list(
         dict.fromkeys(word for text in expected.all_captions() for word in trainer.vocab.tokenize(text))
     )
-    assert len(trainer.scored.dataset) == 3
+    assert len(trainer.scored_loader.dataset) == 3
     assert len(trainer.val_loader.dataset.caption_set) == 5
-    assert len(trainer_in(tmp_path, val_images=0).scored.dataset) == 5
+    assert len(trainer_in(tmp_path, val_images=0).scored_loader.dataset) == 5
 
 
 def test_the_seed_decides_everything(straight, tmp_path, no_curve):
@@ -916,12 +1059,22 @@ def test_the_seed_decides_everything(straight, tmp_path, no_curve):
     assert losses(tmp_path / "other")[0] != losses(straight(SMALL))[0]
 
 
-def test_a_dry_run_writes_nothing_and_says_what_would_be(tmp_path):
+def test_describing_a_run_writes_nothing(tmp_path):
     data, run = (drawn(), drawn(5, "val")), Run(out=str(tmp_path / "run"), features=str(tmp_path / "f"), weights=None)
-    text = Trainer(RESNET, run, *data, dry=True).describe()
+    trainer = Trainer(RESNET.with_settings({"warmup": 0}), run, *data)
+    text = trainer.describe()
     assert "20 images with 40 captions to train on, 5 images to validate" in text
     assert "resnet18 + show-tell" in text
     assert list(tmp_path.iterdir()) == []
+    assert "note: attention_size=16 has no effect: the decoder show-tell does not have it" in text
+
+
+def test_captions_that_are_cut_are_noted(tmp_path):
+    long = drawn()
+    long.captions[3][0] = "a red circle " * 500
+    trainer = trainer_in(tmp_path, train_set=long)
+    assert "note: 1 captions have over 100 words and are cut to that" in trainer.describe()
+    assert max(trainer.loader.dataset.caption_lengths) == 100
 
 
 # ---- What a run folder holds -------------------------------------------------------------------------------------
@@ -1009,7 +1162,7 @@ one large red triangle and one small red star""".split("\n")
 
 
 class Blocks(CaptionSet):
-    """Eight images of coloured blocks, each with its caption, over and over."""
+    """Eight images of coloured blocks, each with its caption, repeated."""
 
     def __init__(self, times: int) -> None:
         colors = torch.randint(0, 256, (8, 3, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -1042,10 +1195,10 @@ def test_it_overfits_eight_pairs(decoder, tmp_path, no_files):
 
 
 def test_the_first_losses_are_golden(tmp_path, no_curve):
-    """The first thirty losses of a fixed run: a change that should not alter training leaves them as they are.
+    """Compare the first thirty losses of a fixed run.
 
-    After one that should: `SHOWTELL_GOLDEN=write python -m pytest tests/test_train.py -k golden`, and say why in the
-    commit.
+    After a change that alters training: `SHOWTELL_GOLDEN=write python -m pytest tests/test_train.py -k golden`, and say
+    why in the commit.
     """
     recipe = SMALL.with_settings({"group": "length", "lr": 5e-3, "epochs": 3, "dropout": 0.1})
     trainer_in(tmp_path, recipe).fit(progress=False)

@@ -1,0 +1,126 @@
+"""The settings of a training run, and how a saved run is opened again."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from showtell import __version__, metrics
+from showtell.checkpoint import load_resume
+from showtell.errors import UserError
+from showtell.recipes import Recipe, recipe_named
+
+MAY_CHANGE = (  # when a run is resumed: none of it changes what is learned
+    "data_dir", "patience", "device", "num_workers", "features", "save_minutes", "print_every", "max_broken",
+    "tensorboard",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained on which data, and how the run behaves; the recipe says how the model learns.
+
+    Attributes:
+        dataset, data_dir: as in `showtell.datasets.load`. out: the run folder.
+        weights: of the backbone, see `Backbone`. seed: the random seed.
+        init: a checkpoint to start from, see `showtell.checkpoint.start_from`; it replaces `weights`.
+        subset: the number of images to train on, to tune hyper-parameters; 0 for all.
+        val_images: the number of validation images that are captioned and scored every epoch; 0 for all.
+        best_by: the score, or `loss`, that selects the best checkpoint.
+        patience: the number of epochs without improvement after which training stops; 0 for never.
+        device: `"cpu"`, `"cuda"`, …. num_workers: loader processes.
+        features: folder of the feature cache, `""` for no cache; it holds the output of the backbone's frozen layers,
+            and is used where the recipe has no random crops.
+        save_minutes: the time between saves inside an epoch. print_every: the number of steps between log lines.
+        max_broken: the number of unreadable images to leave out before stopping. tensorboard: whether to write events.
+    """
+
+    dataset: str = "synthetic"
+    data_dir: str | None = None
+    out: str = "runs/last"
+    weights: str | None = "imagenet"
+    init: str = ""
+    seed: int = 0
+    subset: int = 0
+    val_images: int = 1000
+    best_by: str = "CIDEr"
+    patience: int = 0
+    device: str = "cpu"
+    num_workers: int = 0
+    features: str = "runs/features"
+    save_minutes: float = 10.0
+    print_every: int = 100
+    max_broken: int = 100
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        accepted = [*metrics.names(), "loss"]
+        if self.best_by not in accepted:
+            raise UserError(f"best_by={self.best_by!r} is not known; choose one of {', '.join(accepted)}")
+        least = dict.fromkeys(("subset", "val_images", "patience", "num_workers", "save_minutes", "max_broken"), 0)
+        for name, lowest in {**least, "print_every": 1}.items():
+            if not getattr(self, name) >= lowest:
+                raise UserError(f"{name}={getattr(self, name)} is too low; give {lowest} or more")
+
+
+def read_run(
+    out: str | os.PathLike, recipe: str | None, settings: Mapping[str, object] | None, changes: Mapping[str, object]
+) -> tuple[Recipe, Run, dict]:
+    """Return recipe, settings and state of a saved run; see `showtell.train.Trainer.resume` for the arguments."""
+    path = Path(out) / "resume.pt"
+    if not path.is_file():
+        raise UserError(f"{out} holds no run to resume (there is no {path}); leave --resume out to start one")
+    state = load_resume(path)
+    if not isinstance(state, dict) or not {"recipe", "run"} <= state.keys():
+        raise damaged(path, "it lacks the settings")
+    try:
+        own, run = Recipe(**state["recipe"]), Run(**state["run"])
+    except TypeError as error:
+        raise UserError(
+            f"{path} was written by showtell {state.get('showtell')}, with settings that this one ({__version__}) does "
+            "not know; resume with that version, or start a new run with another --out"
+        ) from error
+    old = own.to_dict() | asdict(run)
+    new = (recipe_named(recipe) if recipe else own).with_settings(settings or {}).to_dict()
+    new |= {name: value for name, value in changes.items() if name not in MAY_CHANGE}
+    if different := [name for name, value in new.items() if value != old.get(name)]:
+        listed = ", ".join(f"{name} from {old.get(name)} to {new[name]}" for name in different)
+        raise UserError(
+            f"--resume continues with the settings in {out}, and these flags would change {listed}; leave them out, or "
+            "start a new run with another --out"
+        )
+    return own, replace(run, out=str(out), **changes), state
+
+
+def damaged(path: Path, reason: str) -> UserError:
+    """Return the error for a file that cannot be resumed from."""
+    return UserError(f"{path} is damaged ({reason}); restore it from a copy, or start a new run with another --out")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def generator_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the random number generators of the CPU and of a device (CUDA, MPS, XPU, …)."""
+    states = {"torch": torch.get_rng_state()}
+    if hasattr(module := torch.get_device_module(device), "get_rng_state"):
+        states[device.type] = module.get_rng_state(device)
+    return states
+
+
+def set_generator_states(device: torch.device, states: dict[str, Tensor]) -> None:
+    """Restore what `generator_states` returned, as far as it is about this type of device."""
+    torch.set_rng_state(states["torch"].cpu())
+    if device.type in states:
+        torch.get_device_module(device).set_rng_state(states[device.type].cpu(), device)
