@@ -1,0 +1,269 @@
+"""Released models by name: from the checkout, a folder or mirror, the user's cache, or downloaded and verified.
+
+`locate("showtell-attend")` returns a path. `fetch` downloads any file: it resumes a broken transfer and verifies the
+checksum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from showtell import __version__
+from showtell.errors import MissingFileError, UserError
+from showtell.files import lock, readable_size, require_free_space
+
+DEFAULT = "showtell-attend"  # the model to open when none is named
+MODELS = Path(__file__).resolve().parent.parent / "models"  # of a checkout; an installed package has none
+
+# Where the files of RELEASES are attached to a release. The project has no public address yet: the release process
+# sets this one constant, and attaches every file of the table to every release.
+BASE_URL = "https://github.com/showtell/showtell/releases/download/v{version}/"
+
+
+class Release(NamedTuple):
+    """A released file: its size in bytes and its SHA-256."""
+
+    size: int
+    sha256: str
+
+
+RELEASES = {
+    "showtell-attend-1.safetensors": Release(
+        71_243_528, "0a1169a04e12cac25531bad391c4f3325ec3be3cfa0f4cd9c52b82a347d4da82"
+    ),
+    "showtell-classic-1.safetensors": Release(
+        59_705_784, "eae7df9abaa2de6a60e413336034184acc7d166dcfcc369efb401ae110be83e5"
+    ),
+}
+
+
+def locate(name: str | None = None) -> Path:
+    """Return the path of a released model, downloading it if it is nowhere on this machine.
+
+    The places, in this order: the checkout's `models/`; the folder in the environment variable `SHOWTELL_MODELS`; the
+    user's cache; a download into that cache, from `SHOWTELL_MODELS` if that is an http(s) address, else from the
+    release's page.
+
+    Args:
+        name: `showtell-classic-1`, or `showtell-classic` for the newest version; by default the model with attention.
+
+    Raises:
+        MissingFileError: there is no such model, or it cannot be downloaded; the message says what to do by hand.
+    """
+    name = name or DEFAULT
+    folders, base_url = _places()
+    for folder in folders:
+        if file := _newest(name, [path.name for path in folder.glob("*.safetensors")]):
+            return folder / file
+    if missing := next((folder for folder in folders[1:] if not folder.is_dir()), None):
+        raise MissingFileError(
+            f"SHOWTELL_MODELS is {missing}, which is not a folder; name a folder of models or an http(s) address"
+        )
+    file = _newest(name, RELEASES)
+    if file is None:
+        there = {path.stem for folder in folders for path in folder.glob("*.safetensors")}
+        known = ", ".join(sorted(there | {Path(file).stem for file in RELEASES}))
+        raise MissingFileError(f"there is no model {name}; give a checkpoint's path, a run folder, or one of {known}")
+    size, sha256 = RELEASES[file]
+    path = cache_folder() / file
+    if not path.is_file() or path.stat().st_size != size:
+        require_free_space(path.parent, size, f"the model {path.stem}")
+        fetch(base_url + file, path, sha256)
+    return path
+
+
+def cache_folder() -> Path:
+    """Return the folder that downloaded models are kept in, such as `~/.cache/showtell/models`."""
+    import pooch
+
+    return Path(pooch.os_cache("showtell")).expanduser() / "models"
+
+
+def is_released(path: str | os.PathLike) -> bool:
+    """Return whether `path` lies in a folder of released models, where nothing else should be written."""
+    folders = [*_places()[0], cache_folder()]
+    return Path(path).resolve().parent in {folder.resolve() for folder in folders}
+
+
+def _places() -> tuple[list[Path], str]:
+    """Return the folders to look in before the cache, and the address to download from."""
+    place = os.environ.get("SHOWTELL_MODELS", "")
+    if place.startswith(("http://", "https://")):
+        return [MODELS], place.rstrip("/") + "/"
+    return [MODELS, *([Path(place).expanduser()] if place else [])], BASE_URL.format(version=__version__)
+
+
+def _newest(name: str, files: Iterable[str]) -> str | None:
+    """Return the file of exactly this name, else the one with the highest number after it."""
+    stems = {Path(file).stem: file for file in files}
+    numbered = [stem for stem in stems if re.fullmatch(rf"{re.escape(name)}-\d+", stem)]
+    newest = max(numbered, key=lambda stem: int(stem.rpartition("-")[2]), default=name)
+    return stems.get(name) or stems.get(newest)
+
+
+def fetch(url: str, path: Path, checksum: str) -> Path:
+    """Download `url` to `path`, unless a file with this checksum is there already.
+
+    A broken transfer continues where it stopped, in this call or in a later one. The file gets its name only after its
+    checksum has been verified. If several processes want the same file, one downloads it and the others wait.
+
+    Args:
+        url: an http(s) address; at most 10 redirects are followed.
+        path: the file to write.
+        checksum: its SHA-256, or `md5:` and its MD5.
+
+    Raises:
+        MissingFileError: the server cannot be reached, or does not have the file.
+        UserError: the server sent a file with another checksum, twice.
+    """
+    import pooch
+    from requests import RequestException
+
+    algorithm, _, digest = checksum.rpartition(":")
+    title = "MD5" if algorithm == "md5" else "SHA-256"
+    by_hand = f"or get the file another way, compare its {title} with {digest}, and save it as {path}"
+    work = path.with_name(f".{path.name}.download")  # holds the lock and, until it is complete, the file
+    logger = pooch.get_logger()
+    level = logger.level
+    logger.setLevel("WARNING")  # it would name the file in `work`
+    try:
+        with _turn(work, path.name):
+            for attempt in (1, 2):
+                if path.is_file() and pooch.file_hash(str(path), algorithm or "sha256") == digest:
+                    break
+                try:
+                    downloader = ResumingDownloader(work / "part")
+                    pooch.retrieve(url, checksum, path.name, work, downloader=downloader)
+                    os.replace(work / path.name, path)
+                    break
+                except RequestException as error:
+                    raise MissingFileError(
+                        f"cannot download {url} ({_reason(error, url)}); check the network and try again, {by_hand}"
+                    ) from None
+                except ValueError:  # from pooch, which has deleted the file
+                    problem = f"{url} gave a file with another {title}, which was deleted"
+                    if attempt == 2:
+                        raise UserError(f"{problem}, twice; try again later, {by_hand}") from None
+                    _say(f"{problem}; downloading it again")
+    finally:
+        logger.setLevel(level)
+    shutil.rmtree(work, ignore_errors=True)
+    return path
+
+
+class ResumingDownloader:
+    """A downloader for `pooch.retrieve` that continues a partial file with a Range request; pooch's own starts again.
+
+    Args:
+        part: the partial file, kept when the transfer fails.
+    """
+
+    ATTEMPTS = 5  # in a row that bring nothing
+    PAUSE_S = 1.0  # before the next attempt, doubled each time
+    TIMEOUT_S = (10, 60)  # to connect; without a byte
+    MAX_REDIRECTS = 10
+
+    def __init__(self, part: Path) -> None:
+        self.part = part
+        self.connected = False
+
+    def __call__(self, url: str, output_file: str, pooch: object) -> None:
+        """Download `url` to `output_file`, as pooch asks."""
+        from requests import RequestException
+
+        failures = 0
+        while True:
+            before = self._size()
+            try:
+                if self._transfer(url):
+                    break
+            except RequestException as error:
+                status = getattr(error.response, "status_code", 500)
+                failures = 0 if self._size() > before else failures + 1
+                if not self.connected or status < 500 or failures >= self.ATTEMPTS:
+                    raise
+                time.sleep(self.PAUSE_S * 2**failures)
+        os.replace(self.part, output_file)
+
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def _transfer(self, url: str) -> bool:
+        """Append to the partial file what it lacks; return whether it is complete."""
+        import requests
+        from tqdm import tqdm
+
+        have = self._size()
+        headers = {"Accept-Encoding": "identity"}  # the middle of a compressed answer is no use
+        if have:
+            headers["Range"] = f"bytes={have}-"
+        with requests.Session() as session:
+            session.max_redirects = self.MAX_REDIRECTS
+            with session.get(url, headers=headers, stream=True, timeout=self.TIMEOUT_S) as response:
+                self.connected = True
+                if have and response.status_code == 416:  # there is nothing after what we have
+                    if response.headers.get("Content-Range", "").endswith(f"/{have}"):
+                        return True
+                    self.part.unlink()
+                    return False
+                response.raise_for_status()
+                if response.status_code != 206:  # the server ignores Range and sends the whole file
+                    have = 0
+                total = have + int(response.headers.get("Content-Length", 0)) or None
+                _say(f"downloading {url}" + (f", continuing at {readable_size(have)}" if have else ""))
+                with (
+                    open(self.part, "ab" if have else "wb") as file,
+                    tqdm(
+                        desc=Path(urlsplit(url).path).name, total=total, initial=have,
+                        unit="B", unit_scale=True, disable=None,
+                    ) as bar,
+                ):  # fmt: skip
+                    for chunk in response.iter_content(2**16):
+                        file.write(chunk)
+                        bar.update(len(chunk))
+        return True
+
+
+@contextlib.contextmanager
+def _turn(folder: Path, name: str) -> Iterator[None]:
+    """Hold `folder`, after waiting for the process or thread that holds it now."""
+    waiting = False
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock(folder, "is downloading into"))
+                break
+            except UserError:
+                if not waiting:
+                    _say(f"waiting for another process, which downloads {name}")
+                waiting = True
+                time.sleep(0.2)
+        yield
+
+
+def _reason(error: Exception, url: str) -> str:
+    """A few words for what `requests` says in many."""
+    import requests
+
+    if isinstance(error, requests.HTTPError):
+        return f"HTTP status {error.response.status_code}"
+    if isinstance(error, requests.TooManyRedirects):
+        return f"more than {ResumingDownloader.MAX_REDIRECTS} redirects"
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.ConnectionError):
+        return f"no connection to {urlsplit(url).netloc}"
+    return f"the connection broke: {type(error).__name__}"
+
+
+def _say(text: str) -> None:
+    print(f"showtell: {text}", file=sys.stderr, flush=True)
