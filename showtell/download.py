@@ -205,7 +205,10 @@ def _agreed(question: str, name: str, folder: Path) -> bool:
             "there is no terminal to ask on; to agree to these terms, type: "
             f"showtell download {name} --data-dir {shlex.quote(str(folder))} --yes"
         )
-    return input(question).strip().lower() in ("y", "yes")
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # Ctrl-D
+        return False
 
 
 def unpack(path: Path, folder: Path, contents: Iterable[str]) -> None:

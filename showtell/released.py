@@ -72,7 +72,9 @@ def locate(name: str | None = None) -> Path:
     if file is None:
         there = {path.stem for folder in folders for path in folder.glob("*.safetensors")}
         known = ", ".join(sorted(there | {Path(file).stem for file in RELEASES}))
-        raise MissingFileError(f"there is no model {name}; give a checkpoint's path, a run folder, or one of {known}")
+        raise MissingFileError(
+            f"there is no model {name}; give a checkpoint, a run folder or the name of a released model: {known}"
+        )
     size, sha256 = RELEASES[file]
     path = cache_folder() / file
     if not path.is_file() or path.stat().st_size != size:

@@ -71,7 +71,8 @@ class FileServer:
         if self.statuses.get(path) or path not in self.files:
             handler.send_error(self.statuses[path].pop(0) if path in self.statuses else 404)
             return
-        data = self.wrong[path].pop(0) if self.wrong.get(path) else self.files[path]
+        wrong = bool(self.wrong.get(path))
+        data = self.wrong[path].pop(0) if wrong else self.files[path]
         data = data.read_bytes() if isinstance(data, Path) else data
         start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1]) if byte_range and self.ranges else 0
         if start >= len(data):
@@ -85,4 +86,4 @@ class FileServer:
         handler.send_header("Content-Length", str(len(data) - start))
         handler.end_headers()
         with contextlib.suppress(ConnectionError):  # a client that was killed
-            handler.wfile.write(data[start : self.breaks.pop(path, len(data))])
+            handler.wfile.write(data[start : None if wrong else self.breaks.pop(path, None)])

@@ -9,11 +9,13 @@ import stat
 import sys
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from file_server import FileServer
 
 from showtell import datasets, download, released
+from showtell.__main__ import main
 from showtell.download import DATASETS, Archive, unpack
 from showtell.errors import MissingFileError, UserError
 from showtell.recipes import recipe_named
@@ -21,6 +23,7 @@ from showtell.released import ResumingDownloader
 
 TEXT = "annotations_trainval2017.zip"  # the archive of captions of `coco2017`
 NOISE = {"__MACOSX/._train2017": b"x", "readme.txt": b"not wanted"}
+waits = pytest.mark.xfail(reason="until the command line, the captioner, the loader and setup.py use showtell.released")
 
 
 def zip_of(members: dict[str, bytes]) -> bytes:
@@ -172,6 +175,13 @@ def test_sizes_and_licences_are_shown_before_the_question(server, monkeypatch, c
     assert not Path("here").exists()
 
 
+def test_no_answer_is_a_no(server, monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
+    assert download.run("flickr8k", "here") == 1
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("answer", ["y", "Yes", " yes "])
 def test_a_yes_starts_it(server, monkeypatch, answer):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
@@ -185,6 +195,14 @@ def test_without_a_terminal_it_wants_yes(server, monkeypatch):
     with pytest.raises(UserError, match=r"no terminal .* type: showtell download coco2017 --data-dir 'my data' --yes"):
         download.run("coco2017", "my data")
     assert server.requests == []
+
+
+@waits
+def test_the_command_line_passes_name_folder_and_yes(server, capsys):
+    assert main(["download", "flickr8k", "--data-dir", "here", "--yes"]) == 0
+    assert len(datasets.load("flickr8k", "here", "train")) == 1
+    assert main(["download", "coco"]) == 2
+    assert "coco2014" in capsys.readouterr().err
 
 
 def test_an_unknown_name_lists_those_there_are():

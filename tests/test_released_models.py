@@ -15,6 +15,7 @@ import pytest
 from file_server import FileServer
 
 from showtell import released
+from showtell.__main__ import main
 from showtell.errors import MissingFileError, UserError
 from showtell.released import Release, ResumingDownloader, fetch, locate
 
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = "showtell-attend-1.safetensors"
 DATA = random.Random(0).randbytes(600_000)
 SHA256 = hashlib.sha256(DATA).hexdigest()
+waits = pytest.mark.xfail(reason="until the command line, the captioner, the loader and setup.py use showtell.released")
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_a_name_without_its_number_is_the_newest(tmp_path, monkeypatch):
 
 def test_a_name_that_is_no_model_is_refused_without_a_download(server):
     for name in ("nonesuch", "showtell", "../showtell-attend-1", "runs/best.safetensors"):
-        with pytest.raises(MissingFileError, match=r"there is no model .*; give .*, or one of showtell-attend-1$"):
+        with pytest.raises(MissingFileError, match=r"there is no model .*; give .* released model: showtell-attend-1$"):
             locate(name)
     assert server.requests == []
 
@@ -250,6 +252,16 @@ def test_offline_one_sentence_names_address_file_checksum_and_folder(cache):
         f"cannot download {url} (no connection to github.com); check the network and try again, or get the file "
         f"another way, compare its SHA-256 with {released.RELEASES[FILE].sha256}, and save it as {cache / FILE}"
     )
+
+
+@waits
+def test_offline_the_command_line_prints_that_sentence_and_no_traceback(cache, tmp_path, capsys):
+    (tmp_path / "photo.png").touch()
+    assert main(["caption", str(tmp_path / "photo.png"), "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("showtell: cannot download https://")
+    assert said.endswith(f"and save it as {cache / FILE}\n")
+    assert said.count("\n") == 1
 
 
 def test_a_file_saved_by_hand_as_the_sentence_says_is_found(cache, monkeypatch):
