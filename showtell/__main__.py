@@ -152,6 +152,16 @@ def _parser() -> argparse.ArgumentParser:
     legacy.add_argument("vocab", metavar="vocab.pkl")
     legacy.add_argument("--out", required=True, metavar="M", help="checkpoint to write, NAME.safetensors")
     legacy.add_argument("--squash", action="store_true", help="the model was trained on images squashed to 224 x 224")
+
+    from showtell import download
+
+    fetch = add("download", _download, "download a public data set, or a released model")
+    fetch.add_argument("name", choices=download.names(), metavar="NAME", help=", ".join(download.names()))
+    fetch.add_argument("--data-dir", metavar="DIR", help="where a data set goes (default data/NAME)")
+    fetch.add_argument("--yes", action="store_true", help="agree to the terms without being asked")
+
+    completion = add("completion", _completion, "print a script that completes commands in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 
@@ -469,6 +479,20 @@ def _import_legacy(args: argparse.Namespace) -> int:
         f"{args.out}: {encoder['backbone']}, {len(found.vocab)} words, embed {decoder['embed_size']}, "
         f"hidden {decoder['hidden_size']}, {decoder['num_layers']} LSTM layer(s)"
     )
+    return 0
+
+
+def _download(args: argparse.Namespace) -> int:
+    from showtell import download
+
+    return download.run(args.name, args.data_dir, args.yes)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    """Typed once: `showtell completion bash > ~/.local/share/bash-completion/completions/showtell`."""
+    import shtab
+
+    print(shtab.complete(_parser(), args.shell))
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from showtell import decoding
+from showtell import decoding, released
 from showtell.checkpoint import Checkpoint, load_checkpoint
 from showtell.decoding import DecodingOptions, Hypothesis
 from showtell.errors import MissingFileError, UserError
@@ -27,9 +26,6 @@ from showtell.files import require_regular_file
 from showtell.image_stream import LoadedImage, stream_images
 from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source
 from showtell.vocabulary import Vocabulary, spell_words
-
-RELEASED = "showtell-attend"  # what `load()` opens when no model is named
-MODELS = Path(__file__).resolve().parent.parent / "models"
 
 
 @dataclass(frozen=True)
@@ -233,7 +229,7 @@ class Captioner:
 
 
 def load(model: str | os.PathLike | None = None, device: str | torch.device | None = None) -> Captioner:
-    """Load a model by path or name; the released model by default.
+    """Load a model by path or name; the released model by default, downloaded if it is not installed.
 
     Args:
         model: a checkpoint, a run folder (its best checkpoint), or the name of a released model; a name without its
@@ -252,12 +248,7 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
     """Return the path of a checkpoint given by path, folder or name; see `load`."""
     remedy = "give a checkpoint, a run folder or the name of a released model"
     if model is None:
-        if newest := _released(RELEASED):
-            return newest
-        raise MissingFileError(
-            "no released model is installed; name your own (--model runs/NAME/best.safetensors), "
-            "or train one: showtell train --help"
-        )
+        return released.locate()
     path = Path(model)
     if path.is_dir():
         if not (path / "best.safetensors").exists():
@@ -266,18 +257,7 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
     if path.exists():
         require_regular_file(path, "model", remedy)
         return path
-    if newest := _released(str(model)):
-        return newest
-    released = ", ".join(sorted(path.stem for path in MODELS.glob("*.safetensors")))
-    raise MissingFileError(f"there is no model {model}; {remedy}" + (f": {released}" if released else ""))
-
-
-def _released(name: str) -> Path | None:
-    """The released model of this name or, for a name without its number, the newest; None if there is no such model."""
-    found = {path.stem: path for path in MODELS.glob("*.safetensors")}
-    numbered = [stem for stem in found if re.fullmatch(rf"{re.escape(name)}-\d+", stem)]
-    newest = max(numbered, key=lambda stem: int(stem.rpartition("-")[2]), default=name)
-    return found.get(name) or found.get(newest)
+    return released.locate(str(model))
 
 
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:

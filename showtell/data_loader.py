@@ -494,6 +494,7 @@ def _vocabulary(
 
 
 def default_vocab_file() -> Path:
-    """Return `vocab.pkl` in the current folder, or else that of this checkout."""
-    here = Path("vocab.pkl")
-    return here if here.is_file() else Path(__file__).resolve().parent.parent / "vocab.pkl"
+    """Return `vocab.pkl` in the current folder, or else that of the installed package or this checkout."""
+    package = Path(__file__).resolve().parent
+    places = (Path("vocab.pkl"), package / "vocab.pkl")
+    return next((path for path in places if path.is_file()), package.parent / "vocab.pkl")

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import datasets, metrics, scoring
-from showtell.captioner import MODELS, Caption, Captioner, find_model, load
+from showtell.captioner import Caption, Captioner, find_model, load
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader, cut_caption, pad_captions
 from showtell.datasets import CaptionSet
 from showtell.decoding import DecodingOptions, Hypothesis, decode, require_strategy
@@ -24,6 +24,7 @@ from showtell.errors import UserError
 from showtell.files import write_json
 from showtell.image_stream import stream_images
 from showtell.model import CaptionModel, caption_loss
+from showtell.released import is_released
 from showtell.report import Tile
 from showtell.results import write_results
 
@@ -173,7 +174,7 @@ def evaluate(
     )
     about = {"model": str(path), "dataset": caption_set.name, "split": caption_set.split, "images": len(captions)}
     about["beam_size"] = beam_size
-    beside = Path("runs") if path.resolve().parent == MODELS else path.parent
+    beside = Path("runs") if is_released(path) else path.parent
     folder = Path(out) if out else beside / f"{path.stem}-{caption_set.name}-{caption_set.split}"
     ids = {str(i): i for i in caption_set.image_ids}
     rows = [{"image_id": ids[i], "caption": text} for i, text in texts.items()]

@@ -13,8 +13,7 @@ import torch
 from PIL import Image
 
 import showtell
-from showtell import captioner as module
-from showtell import synthetic
+from showtell import released, synthetic
 from showtell.captioner import Caption, find_images, find_model, load
 from showtell.checkpoint import load_checkpoint, save_checkpoint
 from showtell.decoders import DECODERS
@@ -92,7 +91,7 @@ def test_a_model_is_opened_by_path_run_folder_or_released_name(checkpoints, tmp_
     run = tmp_path / "run"
     run.mkdir()
     (run / "best.safetensors").write_bytes(file.read_bytes())
-    monkeypatch.setattr(module, "MODELS", file.parent)
+    monkeypatch.setattr(released, "MODELS", file.parent)
     assert find_model(file) == file
     assert find_model(str(run)) == run / "best.safetensors"
     assert find_model("show-tell") == checkpoints["show-tell"]
@@ -101,21 +100,21 @@ def test_a_model_is_opened_by_path_run_folder_or_released_name(checkpoints, tmp_
 
 
 def test_a_file_or_folder_goes_before_a_released_name(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
+    monkeypatch.setattr(released, "MODELS", checkpoints["attend"].parent)
     monkeypatch.chdir(tmp_path)
     Path("attend").write_bytes(checkpoints["show-tell"].read_bytes())
     assert load("attend", "cpu").model.config["decoder"]["name"] == "show-tell"
 
 
 def test_left_out_it_is_the_released_model(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MODELS", tmp_path)
-    for name in ("another", f"{module.RELEASED}-10", f"{module.RELEASED}-2", "zebra"):
+    monkeypatch.setattr(released, "MODELS", tmp_path)
+    for name in ("another", f"{released.DEFAULT}-10", f"{released.DEFAULT}-2", "zebra"):
         (tmp_path / f"{name}.safetensors").touch()
-    assert find_model() == tmp_path / f"{module.RELEASED}-10.safetensors"
+    assert find_model() == tmp_path / f"{released.DEFAULT}-10.safetensors"
 
 
 def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MODELS", tmp_path)
+    monkeypatch.setattr(released, "MODELS", tmp_path)
     for name in ("classic-9", "classic-10", "classic-old"):
         (tmp_path / f"{name}.safetensors").touch()
     assert find_model("classic-9") == tmp_path / "classic-9.safetensors"
@@ -124,14 +123,8 @@ def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch)
         find_model("class")
 
 
-def test_without_a_released_model_the_error_says_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MODELS", tmp_path)
-    with pytest.raises(MissingFileError, match=r"no released model is installed; .*--model .*showtell train --help"):
-        load()
-
-
 def test_a_model_that_does_not_exist_lists_the_released_ones(checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "MODELS", checkpoints["attend"].parent)
+    monkeypatch.setattr(released, "MODELS", checkpoints["attend"].parent)
     with pytest.raises(MissingFileError, match=rf"no model nonesuch; .*: {', '.join(sorted(DECODERS))}$"):
         find_model("nonesuch")
     with pytest.raises(MissingFileError, match=r"holds no best\.safetensors; name a checkpoint or a finished run"):

@@ -58,7 +58,8 @@ def whole_truth(scene: synthetic.Scene) -> str:
 
 
 def test_without_a_released_model_no_photograph_is_captioned(tmp_path, monkeypatch):
-    monkeypatch.setattr("showtell.captioner.MODELS", tmp_path)
+    monkeypatch.setattr("showtell.released.MODELS", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert demo.caption_photographs() == []
 
 
@@ -67,7 +68,7 @@ def test_the_released_model_captions_the_photographs_of_scikit_image(tmp_path, m
     vocab = Vocabulary(["<start>", "<end>", "<unk>", "a", "cat"], 1, "words")
     model = CaptionModel(recipe_named("demo").model_config(len(vocab)))
     save_checkpoint(tmp_path / "showtell-attend-1.safetensors", model, vocab, recipe_named("demo").transform())
-    monkeypatch.setattr("showtell.captioner.MODELS", tmp_path)
+    monkeypatch.setattr("showtell.released.MODELS", tmp_path)
     cards = demo.caption_photographs()
     assert [card.title for card in cards] == list(demo.PHOTOGRAPHS)
     assert all(Path(card.image).is_file() for card in cards)

@@ -23,7 +23,6 @@ from showtell.released import ResumingDownloader
 
 TEXT = "annotations_trainval2017.zip"  # the archive of captions of `coco2017`
 NOISE = {"__MACOSX/._train2017": b"x", "readme.txt": b"not wanted"}
-waits = pytest.mark.xfail(reason="until the command line, the captioner, the loader and setup.py use showtell.released")
 
 
 def zip_of(members: dict[str, bytes]) -> bytes:
@@ -197,7 +196,6 @@ def test_without_a_terminal_it_wants_yes(server, monkeypatch):
     assert server.requests == []
 
 
-@waits
 def test_the_command_line_passes_name_folder_and_yes(server, capsys):
     assert main(["download", "flickr8k", "--data-dir", "here", "--yes"]) == 0
     assert len(datasets.load("flickr8k", "here", "train")) == 1

@@ -234,8 +234,7 @@ def test_evaluate_reads_and_encodes_each_image_once(saved, scenes, tmp_path, mon
 
 @pytest.mark.parametrize("model", ["best", "run/best.safetensors"])
 def test_captions_of_a_released_model_do_not_go_among_the_models(model, saved, scenes, tmp_path, monkeypatch):
-    for module in ("captioner", "evaluate"):
-        monkeypatch.setattr(f"showtell.{module}.MODELS", saved.parent)
+    monkeypatch.setattr("showtell.released.MODELS", saved.parent)
     monkeypatch.chdir(tmp_path)
     found = evaluate(model, scenes, beam_size=1, limit=2, progress=False)
     assert found.path == Path("runs/best-synthetic-val/captions.json")

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"
 FILE = "showtell-attend-1.safetensors"
 BUILD = "import sys; from setuptools import build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
-waits = pytest.mark.xfail(reason="until the command line, the captioner, the loader and setup.py use showtell.released")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +62,6 @@ def python(wheel, tmp_path_factory) -> Path:
     return python
 
 
-@waits
 def test_the_wheel_holds_the_package_the_vocabulary_and_the_types(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.partition("/")[0].endswith(".dist-info")}
@@ -74,7 +72,6 @@ def test_the_wheel_holds_the_package_the_vocabulary_and_the_types(wheel):
     assert wheel.stat().st_size < 1_000_000
 
 
-@waits
 @pytest.mark.slow
 def test_the_installed_package_captions_with_a_model_that_it_downloads(python, tmp_path):
     """From a server that redirects, sends a wrong file once and breaks the connection once; then from the cache."""
@@ -104,7 +101,6 @@ print(len(showtell.get_loader(dataset="synthetic", vocab_from_file=True, batch_s
     assert run(python, "-m", "showtell", "--version", cwd=tmp_path).stdout.startswith("showtell ")
 
 
-@waits
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_shell_completion_knows_commands_options_and_choices(tmp_path, shell):
     script = run(sys.executable, "-m", "showtell", "completion", shell, cwd=ROOT).stdout
