@@ -46,7 +46,7 @@ RELEASES = {
 }
 
 
-def locate(name: str | None = None) -> Path:
+def locate(name: str | None = None, download: bool = True) -> Path:
     """Return the path of a released model, downloading it if it is nowhere on this machine.
 
     The places, in this order: the checkout's `models/`; the folder in the environment variable `SHOWTELL_MODELS`; the
@@ -55,6 +55,7 @@ def locate(name: str | None = None) -> Path:
 
     Args:
         name: `showtell-classic-1`, or `showtell-classic` for the newest version; by default the model with attention.
+        download: whether to download it if need be.
 
     Raises:
         MissingFileError: there is no such model, or it cannot be downloaded; the message says what to do by hand.
@@ -78,6 +79,8 @@ def locate(name: str | None = None) -> Path:
     size, sha256 = RELEASES[file]
     path = cache_folder() / file
     if not path.is_file() or path.stat().st_size != size:
+        if not download:
+            raise MissingFileError(f"the model {path.stem} is not on this machine; type showtell download {path.stem}")
         require_free_space(path.parent, size, f"the model {path.stem}")
         fetch(base_url + file, path, sha256)
     return path

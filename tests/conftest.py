@@ -27,6 +27,7 @@ os.environ.setdefault(
 )
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that spin while waiting slow each other down
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["XDG_CACHE_HOME"] = "/nonexistent"  # models that a user has downloaded change no test
 for library in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ.setdefault(library, "1")
 

@@ -125,7 +125,8 @@ def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch)
 
 def test_a_model_that_does_not_exist_lists_the_released_ones(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(released, "MODELS", checkpoints["attend"].parent)
-    with pytest.raises(MissingFileError, match=rf"no model nonesuch; .*: {', '.join(sorted(DECODERS))}$"):
+    known = sorted([*DECODERS, *(Path(file).stem for file in released.RELEASES)])
+    with pytest.raises(MissingFileError, match=rf"no model nonesuch; .*: {', '.join(known)}$"):
         find_model("nonesuch")
     with pytest.raises(MissingFileError, match=r"holds no best\.safetensors; name a checkpoint or a finished run"):
         find_model(tmp_path)

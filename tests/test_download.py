@@ -145,7 +145,7 @@ def test_the_table_is_complete():
 )
 def test_what_is_downloaded_is_read_without_another_word(server, name, split, n):
     assert download.run(name, "here", yes=True) == 0
-    loaded = datasets.load(DATASETS[name].reader, "here", split, on_missing="error")
+    loaded = datasets.load(DATASETS[name].reader, "here", split, max_missing=0)
     assert len(loaded) == n
     assert {len(captions) for captions in loaded.captions} == {5}
 
@@ -275,7 +275,7 @@ def test_a_kill_while_unpacking_leaves_no_half_a_folder(server, monkeypatch):
     assert not Path("here/train2017").exists()
     assert download.run("coco2017", "here", yes=True) == 0
     assert [path for path, _ in server.requests].count("train2017.zip") == 1
-    assert len(datasets.load("coco", "here", "train", on_missing="error")) == 2
+    assert len(datasets.load("coco", "here", "train", max_missing=0)) == 2
     assert not Path("here/.download").exists()
 
 

@@ -328,3 +328,11 @@ def test_a_process_that_is_killed_leaves_a_part_that_the_next_continues(server, 
     assert path.read_bytes() == slow
     assert server.asked_for(name) == [None, f"bytes={have}-"]
     assert os.listdir(cache) == [name]
+
+
+def test_a_model_that_is_nowhere_is_not_downloaded_unless_wanted(server, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "MODELS", tmp_path)
+    name = Path(FILE).stem
+    with pytest.raises(MissingFileError, match=f"{name} is not on this machine; type showtell download {name}"):
+        released.locate(name, download=False)
+    assert released.locate(name) == released.locate(name, download=False)

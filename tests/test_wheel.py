@@ -65,8 +65,8 @@ def python(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_the_vocabulary_and_the_types(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if not name.partition("/")[0].endswith(".dist-info")}
-        modules = {f"showtell/{path.name}" for path in (ROOT / "showtell").iterdir() if path.is_file()}
-        assert names == modules | {"showtell/vocab.pkl"}
+        files = (path for path in (ROOT / "showtell").rglob("*") if path.is_file() and path.suffix != ".pyc")
+        assert names == {str(path.relative_to(ROOT)) for path in files} | {"showtell/vocab.pkl"}
         assert {"showtell/py.typed", "showtell/report.html", "showtell/__main__.py"} <= names
         assert archive.read("showtell/vocab.pkl") == (ROOT / "vocab.pkl").read_bytes()
     assert wheel.stat().st_size < 1_000_000
