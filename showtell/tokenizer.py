@@ -112,16 +112,14 @@ def _sentences(text: str) -> list[str]:
     sentences, start = [], 0
     for word_start, match in endings:
         pieces = _PIECE.findall(text[word_start : match.end()] + (match["tight"] or " " + match["next"]))
-        if not any(map(_ends_sentence, pieces, pieces[1:])):
-            continue
-        stop = match.end()
-        begin = match.start("next") if match["next"] else stop
-        if closers := _CLOSERS.match(text, begin):  # 'he said "go." and went': the quote belongs to the first sentence
-            stop, begin = begin + len(closers[0].rstrip()), closers.end()
-        sentences.append(text[start:stop])
-        start = begin
-    sentences.append(text[start:])
-    return sentences
+        if any(map(_ends_sentence, pieces, pieces[1:])):
+            stop = match.end()
+            begin = match.start("next") if match["next"] else stop
+            if closers := _CLOSERS.match(text, begin):  # 'he said "go." and went': the quote belongs to the first
+                stop, begin = begin + len(closers[0].rstrip()), closers.end()
+            sentences.append(text[start:stop])
+            start = begin
+    return [*sentences, text[start:]]
 
 
 # ---- treebank: words, as NLTK's Treebank tokeniser splits a sentence ----
@@ -154,12 +152,7 @@ _CLOSING_QUOTES_AND_CLITICS = _rules(
     (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
 )
 _WRITTEN_TOGETHER = _rules(
-    (r"\b(can)(not)\b", r" \1 \2 "),
-    (r"\b(d)('ye)\b", r" \1 \2 "),
-    (r"\b(gim)(me)\b", r" \1 \2 "),
-    (r"\b(gon)(na)\b", r" \1 \2 "),
-    (r"\b(got)(ta)\b", r" \1 \2 "),
-    (r"\b(lem)(me)\b", r" \1 \2 "),
+    *((rf"\b{parts}\b", r" \1 \2 ") for parts in "(can)(not) (d)('ye) (gim)(me) (gon)(na) (got)(ta) (lem)(me)".split()),
     (r"\b(more)('n)\b", r" \1 \2 "),
     (r"\b(wan)(na)(?=\s)", r" \1 \2 "),
     (r" ('t)(i[sſ]|wa[sſ])\b", r" \1 \2 "),
@@ -262,6 +255,7 @@ def _ptb_rules() -> tuple[list[tuple[re.Pattern, str | None]], dict[str, tuple[r
     number = rf"(?:[{digit}]*(?:[.:,][{digit}]+)+|[{digit}]+)"
     clitic = rf"{apostrophe}(?:[msd]|re|ve|ll)"
     sgml_name = r"[A-Za-z][A-Za-z0-9_:.-]*"
+    sgml_attribute = rf" +{sgml_name}(?: *= *(?:'[^']*'|\"[^\"]*\"|{sgml_name}))?"
     any_case, capital, before_number = ("|".join(map(re.escape, names)) for names in _PTB_ABBREVIATIONS)
     capital = "|".join(f"{name[0].upper()}(?i:{name[1:]})" for name in capital.split("|"))
     extension = r"\.(?i:bmp|gif|html?|jpe?g|mov|mp3|pdf|png|txt|wav|zip)"
@@ -318,11 +312,7 @@ def _ptb_rules() -> tuple[list[tuple[re.Pattern, str | None]], dict[str, tuple[r
         r"[0-9]{3,4}[- \xa0]?[0-9]{3,5})",
         r"([A-Z]+\$)",
         # signs
-        (
-            "tag",
-            rf"(<(?:[!?][A-Za-z-][^>]*|{sgml_name}"
-            rf"(?: +(?:{sgml_name}(?: *= *(?:'[^']*'|\"[^\"]*\"|{sgml_name}))?))* */?|/{sgml_name} *)>)",
-        ),
+        ("tag", rf"(<(?:[!?][A-Za-z-][^>]*|{sgml_name}(?:{sgml_attribute})* */?|/{sgml_name} *)>)"),
         r"([<>]?[:;=][-o*']?[()DPdpO\\{@|\[\]])(?![A-Za-z0-9])",
         r"([-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\))",
         r"([`‘’‛‹›“”«»\x91-\x94]{2})",
@@ -332,10 +322,8 @@ def _ptb_rules() -> tuple[list[tuple[re.Pattern, str | None]], dict[str, tuple[r
         rf"([!-/:-@\[-`{{-~¡-¿×÷{_character_class('S', 'P', 'No')}])",
     ]
     named = [(None, rule) if isinstance(rule, str) else rule for rule in rules]
-    return (
-        [(re.compile(rule), gate) for gate, rule in named],
-        {name: (re.compile(required), re.compile(stop)) for name, (required, stop) in gates.items()},
-    )
+    compiled_gates = {name: (re.compile(required), re.compile(stop)) for name, (required, stop) in gates.items()}
+    return [(re.compile(rule), gate) for gate, rule in named], compiled_gates
 
 
 _SPACE = re.compile(r"\s*")

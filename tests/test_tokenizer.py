@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
+import random
 import re
-import subprocess
-import sys
 import time
 import unicodedata
 from pathlib import Path
@@ -173,8 +171,6 @@ def test_ptb_equals_the_reference_on_every_caption_of_the_coco_file(shared_data)
 
 @pytest.mark.java
 def test_ptb_agrees_with_java_on_nearly_all_random_text():
-    import random
-
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     rng = random.Random(0)
@@ -216,20 +212,6 @@ def test_any_text_can_be_tokenised(name, text):
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_ten_thousand_words_are_fast(name):
-    text = "The dog's ball, no. 7, wasn't 1,000 years old. " * 1200
     start = time.process_time()
-    assert len(TOKENIZERS[name](text)) > 10_000
+    assert len(TOKENIZERS[name]("The dog's ball, no. 7, wasn't 1,000 years old. " * 1200)) > 10_000
     assert time.process_time() - start < 5
-
-
-def test_tokenising_imports_neither_torch_nor_nltk():
-    code = (
-        "import sys, showtell.tokenizer as t; t.treebank('it\\'s a dog. a cat'); t.ptb('it\\'s'); "
-        "import showtell.metrics, showtell.scoring; print([m for m in ('torch', 'nltk', 'java') if m in sys.modules])"
-    )
-    root = Path(__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment, cwd=root
-    )
-    assert answer.stdout.strip() == "[]"
