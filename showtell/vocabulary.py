@@ -29,11 +29,10 @@ class Vocabulary:
     """The words that a model can generate.
 
     Attributes:
-        word2idx: word -> id.
-        idx2word: id -> word.
+        word2idx, idx2word: word -> id, and id -> word.
         threshold: the number of occurrences a word needed to be kept; None if unknown.
         tokenizer: the name in `TOKENIZERS` of the tokeniser that splits captions into these words.
-        start_word: `<start>`, whose id is `start_id`; likewise `end_word` and `unk_word`.
+        start_word, end_word, unk_word: the special words, whose ids are `start_id`, `end_id` and `unk_id`.
     """
 
     start_word, end_word, unk_word = START, END, UNK
@@ -41,25 +40,19 @@ class Vocabulary:
     def __init__(
         self, words: Sequence[str] = (START, END, UNK), threshold: int | None = None, tokenizer: str = DEFAULT_TOKENIZER
     ) -> None:
-        """Create a vocabulary of exactly `words`, whose ids are their positions.
-
-        Raises:
-            UserError: a word occurs twice, `<start>`, `<end>` or `<unk>` is missing, or the tokeniser is unknown.
-        """
+        """Create a vocabulary of exactly `words`, the special ones included; their ids are their positions."""
         if tokenizer not in TOKENIZERS:
             raise UserError(f"no tokeniser is called {tokenizer!r}; choose one of {', '.join(sorted(TOKENIZERS))}")
         self.word2idx: dict[str, int] = {}
+        self.idx2word: dict[int, str] = {}
+        self.threshold, self.tokenizer = threshold, tokenizer
         for word in words:
             if word in self.word2idx:
                 raise UserError(f"the word {word!r} occurs twice in the vocabulary; give each word once")
-            self.word2idx[word] = len(self.word2idx)
-        self.idx2word: dict[int, str] = {i: word for word, i in self.word2idx.items()}
-        missing = [word for word in (START, END, UNK) if word not in self.word2idx]
-        if missing:
+            self.add_word(word)
+        if missing := [word for word in (START, END, UNK) if word not in self.word2idx]:
             raise UserError(f"the vocabulary has no {', '.join(missing)}; include {START}, {END} and {UNK}")
         self.start_id, self.end_id, self.unk_id = (self.word2idx[word] for word in (START, END, UNK))
-        self.threshold = threshold
-        self.tokenizer = tokenizer
 
     @classmethod
     def build(
@@ -69,7 +62,6 @@ class Vocabulary:
 
         Args:
             captions: the training captions only; words of the validation captions would leak.
-            threshold: the minimum number of occurrences.
             tokenizer: a name in `TOKENIZERS`: `"unicode"` (words of any script, no punctuation), `"treebank"` (NLTK's
                 `word_tokenize`, as in the Udacity course; punctuation kept), `"ptb"` (the tokeniser of the metrics)
                 or `"words"` (a-z, 0-9 and ' only; for older models).
@@ -82,10 +74,9 @@ class Vocabulary:
             from tqdm import tqdm
 
             captions = tqdm(captions, desc="vocabulary", unit=" captions", unit_scale=True)
-        tokenize = TOKENIZERS[tokenizer]
         counts: Counter[str] = Counter()
         for caption in captions:
-            counts.update(tokenize(caption))
+            counts.update(vocab.tokenize(caption))
         for word, count in counts.items():
             if count >= threshold:
                 vocab.add_word(word)
@@ -97,14 +88,13 @@ class Vocabulary:
         One sentence for captions without words; one if the vocabulary has fewer than ten words, if more than 10 % of
         the captions' words are `<unk>` (Flickr8k: 2.5 %), or if a caption is about one word, as Chinese without spaces.
         """
-        n_captions = n_words = n_unknown = 0
-        wordless: list[str] = []
+        captions, wordless, counts = list(captions), [], Counter[int]()
         for caption in captions:
             ids = self.encode(caption)[1:-1]
-            n_captions, n_words, n_unknown = n_captions + 1, n_words + len(ids), n_unknown + ids.count(self.unk_id)
+            counts.update(ids)
             if not ids:
                 wordless.append(caption)
-        found = []
+        n_captions, n_words, n_unknown, found = len(captions), counts.total(), counts[self.unk_id], []
         if wordless:
             found.append(
                 f"{len(wordless):,} of {n_captions:,} captions have no words for the tokeniser {self.tokenizer!r} (the "
@@ -122,10 +112,9 @@ class Vocabulary:
 
     def add_word(self, word: str) -> int:
         """Return the id of `word`, adding the word if it is new."""
-        if word not in self.word2idx:
-            self.word2idx[word] = len(self.word2idx)
-            self.idx2word[self.word2idx[word]] = word
-        return self.word2idx[word]
+        i = self.word2idx.setdefault(word, len(self.word2idx))
+        self.idx2word[i] = word
+        return i
 
     def __call__(self, word: str) -> int:
         """Return the id of `word`, or that of `<unk>`."""
@@ -188,9 +177,7 @@ class Vocabulary:
     def load(cls, path: str | PathLike, threshold: int | None = None) -> Vocabulary:
         """Read a file of `save`, or another captioning repository's pickled `Vocabulary` object, without running code.
 
-        Args:
-            path: the file.
-            threshold: the threshold the file is expected to have; warn if it has another.
+        Warn if the file was built with another threshold than `threshold`.
 
         Raises:
             MissingFileError: there is no such file.
@@ -201,18 +188,14 @@ class Vocabulary:
         try:
             content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="utf-8").load()
         except _Refused as refused:
-            raise UserError(
-                f"{path} is not a plain vocabulary: it names {refused}, and none of it was executed; {_BUILD}"
-            ) from None
+            reason = f"it names {refused}, and none of it was executed"
+            raise UserError(f"{path} is not a plain vocabulary: {reason}; {_BUILD}") from None
         except Exception as error:  # a damaged pickle can fail in any way; nothing was executed
             raise UserError(f"{path} is damaged or not a pickle ({type(error).__name__}); {_BUILD}") from error
         vocab = cls._from_pickle(content, path)
         if threshold is not None and vocab.threshold is not None and threshold != vocab.threshold:
-            warnings.warn(
-                f"{path} was built with threshold {vocab.threshold}, not {threshold}; the file's words are used "
-                "(build a new vocabulary to change the threshold)",
-                stacklevel=2,
-            )
+            built = f"{path} was built with threshold {vocab.threshold}, not {threshold}"
+            warnings.warn(f"{built}; its words are used (to change the threshold, build it again)", stacklevel=2)
         return vocab
 
     @classmethod
@@ -255,9 +238,12 @@ def spell_words(words: Sequence[str]) -> list[str]:
     pieces, end = [], -1  # of the previous word in `text`
     for word in words:
         piece = word.replace("``", '"').replace("''", '"')
-        pieces.append(piece if end in attached or not pieces else f" {piece}")
+        if not pieces:
+            pieces.append(piece[:1].upper() + piece[1:])
+        else:
+            pieces.append(piece if end in attached else f" {piece}")
         end += 1 + len(word)
-    return [piece[:1].upper() + piece[1:] if i == 0 else piece for i, piece in enumerate(pieces)]
+    return pieces
 
 
 class _Attributes:
@@ -281,13 +267,10 @@ class _PlainUnpickler(pickle._Unpickler):
     dispatch = {code: read for code, read in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}  # noqa: RUF012
 
     def find_class(self, module: str, name: str) -> object:
-        kind = self._kind
-        if name.split(".")[-1] == "Vocabulary":
-            return kind
         if (module, name) in {("copyreg", "_reconstructor"), ("copy_reg", "_reconstructor")}:  # protocols 0 and 1
-            return lambda *_: kind()
-        if (module, name) in {("builtins", "object"), ("__builtin__", "object")}:
-            return kind
+            return lambda *_: self._kind()
+        if name.split(".")[-1] == "Vocabulary" or (module, name) in {("builtins", "object"), ("__builtin__", "object")}:
+            return self._kind
         raise _Refused(f"{module}.{name}"[:100].encode("unicode_escape").decode())
 
     @functools.cached_property
