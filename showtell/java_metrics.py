@@ -28,8 +28,7 @@ class JavaMetricError(UserError):
 
 def _java() -> str:
     home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=os.path.join(home, "bin")) if home else None
-    java = java or shutil.which("java")
+    java = (home and shutil.which("java", path=os.path.join(home, "bin"))) or shutil.which("java")
     if java is None:
         raise JavaMetricError("no Java on the path; install one (on Debian: apt install default-jre-headless)")
     return java
@@ -42,40 +41,34 @@ def _package() -> Path:
     return Path(next(iter(found.submodule_search_locations)))
 
 
+def _failed(jar: str, answer: subprocess.CompletedProcess, remedy: str) -> JavaMetricError:
+    detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
+    return JavaMetricError(f"{jar}'s jar failed ({detail}); {remedy}")
+
+
 def missing() -> str | None:
     """Return what METEOR lacks on this machine and how to install it, or None if it can run."""
     try:
         _java()
-        jar = _package() / "meteor" / "meteor-1.5.jar"
-        if not jar.is_file():
-            raise JavaMetricError('pycocoevalcap has no METEOR jar; pip install --force-reinstall "showtell[java]"')
+        if (_package() / "meteor" / "meteor-1.5.jar").is_file():
+            return None
+        return 'pycocoevalcap has no METEOR jar; pip install --force-reinstall "showtell[java]"'
     except JavaMetricError as error:
         return str(error)
-    return None
 
 
 def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates: Sequence[Sequence[str]]) -> np.ndarray:
     """Compute METEOR 1.5's counts for each image, `(N, 23)`, against the reference with the highest score.
 
-    The jar aligns the words (exact, stem, synonym, paraphrase); `meteor_from_statistics` turns the counts into scores.
-
-    Args:
-        references: the tokens of each image's references.
-        candidates: the tokens of each image's candidate.
-
-    Raises:
-        JavaMetricError: Java or the jar is missing, or the jar fails.
+    The jar aligns the tokens (exact, stem, synonym, paraphrase); `meteor_from_statistics` turns the counts into scores.
+    If Java or the jar is missing or fails, this raises a `JavaMetricError`.
     """
     if reason := missing():
         raise JavaMetricError(reason)
-
-    def line(tokens: Sequence[str]) -> str:
-        return " ".join(tokens).replace("|||", "").replace("  ", " ")
-
-    lines = [
-        " ||| ".join(["SCORE", *map(line, group), line(candidate)])
-        for group, candidate in zip(references, candidates, strict=True)
-    ]
+    lines = []
+    for group, candidate in zip(references, candidates, strict=True):
+        captions = [" ".join(tokens).replace("|||", "").replace("  ", " ") for tokens in (*group, candidate)]
+        lines.append(" ||| ".join(["SCORE", *captions]))
     # English and UTF-8 in every locale; in others the jar prints 0,5 and misreads accents.
     command = [_java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-Duser.language=en", "-jar", "meteor-1.5.jar"]
     answer = subprocess.run(
@@ -91,8 +84,7 @@ def meteor_statistics(references: Sequence[Sequence[Sequence[str]]], candidates:
         statistics = np.array([[float(number) for number in row.split()] for row in rows])
         statistics = statistics.reshape(len(lines), _STATISTICS)
     except ValueError:
-        detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-        raise JavaMetricError(f"METEOR's jar failed ({detail}); check that `java -version` works") from None
+        raise _failed("METEOR", answer, "check that `java -version` works") from None
     # METEOR does not penalise the single chunk of a candidate that equals its reference, in sums over images either.
     whole = (statistics[:, 21:23] == statistics[:, 0:2]).all(axis=1) & (statistics[:, 20] == 1)
     statistics[whole, 20] = 0
@@ -127,10 +119,8 @@ def spice_values(
 ) -> np.ndarray:
     """Compute SPICE's F-score for each image, `(N,)`, from captions as text (Anderson et al. 2016).
 
-    The first use downloads its parser, about 0.4 GB; `announce` is called with a message before.
-
-    Raises:
-        JavaMetricError: Java or the jars are missing, the download fails, or the jar fails.
+    The first use downloads its parser, about 0.4 GB; `announce` is called with a message before. What is missing or
+    fails raises a `JavaMetricError`.
     """
     java, folder = _java(), _package() / "spice"
     if not all((folder / "lib" / name).is_file() for name in _SPICE_MODELS):
@@ -140,9 +130,8 @@ def spice_values(
 
             get_stanford_models()
         except Exception as error:  # a download can fail in many ways
-            raise JavaMetricError(
-                f"Stanford CoreNLP could not be fetched ({error}); check the network, or omit --spice"
-            ) from error
+            message = f"Stanford CoreNLP could not be fetched ({error}); check the network, or omit --spice"
+            raise JavaMetricError(message) from error
     with tempfile.TemporaryDirectory() as temporary:
         source, target = Path(temporary, "captions.json"), Path(temporary, "scores.json")
         items = [
@@ -153,8 +142,7 @@ def spice_values(
         command = [java, "-Xmx8G", "-jar", "spice-1.0.jar", str(source), "-out", str(target), "-silent"]
         answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if answer.returncode or not target.is_file():
-            detail = (answer.stderr.strip().splitlines() or [f"exit code {answer.returncode}"])[-1]
-            raise JavaMetricError(f"SPICE's jar failed ({detail}); use Java 8 or 11 and 8 GB of memory")
+            raise _failed("SPICE", answer, "use Java 8 or 11 and 8 GB of memory")
         results = json.loads(target.read_text(encoding="utf-8"))
     values = np.zeros(len(items))
     for item in results:

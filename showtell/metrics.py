@@ -39,11 +39,6 @@ class Corpus:
         return NgramCounts(self.references, self.candidates)
 
 
-def _mean(sums: np.ndarray, n_images: int) -> np.ndarray:
-    """(..., 1) -> (...)."""
-    return sums[..., 0] / n_images
-
-
 @dataclass(frozen=True)
 class Metric:
     """One entry of `METRICS`; a higher value is a better one.
@@ -58,7 +53,7 @@ class Metric:
 
     label: str | Mapping[str, str]
     rows: Callable[[Corpus], np.ndarray] | None = None
-    values: Callable[[np.ndarray, int], np.ndarray] = _mean
+    values: Callable[[np.ndarray, int], np.ndarray] = lambda sums, n_images: sums[..., 0] / n_images  # the mean
 
     def labels(self, key: str) -> Mapping[str, str]:
         return {key: self.label} if isinstance(self.label, str) else self.label
@@ -69,18 +64,17 @@ class Metric:
 
 def _bleu_rows(corpus: Corpus) -> np.ndarray:
     """(N, 10): matches of order 1..4, n-grams of order 1..4, candidate length, closest reference length."""
-    counts = corpus.counts
-    rows = np.zeros((counts.n_images, 10))
-    lengths = counts.lengths[: counts.n_images]
+    counts, n_images = corpus.counts, corpus.counts.n_images
+    rows = np.zeros((n_images, 10))
+    lengths, reference_lengths = counts.lengths[:n_images], counts.lengths[n_images:]
     for k, order in enumerate(counts.orders):
         allowed = np.zeros_like(order.candidate_count)
         np.maximum.at(allowed, order.match, order.reference_count[order.shared])
         matches = np.minimum(allowed, order.candidate_count)
-        rows[:, k] = np.bincount(order.candidate, matches, minlength=counts.n_images)
+        rows[:, k] = np.bincount(order.candidate, matches, minlength=n_images)
         rows[:, 4 + k] = np.maximum(lengths - k, 0)
     rows[:, 8] = lengths
-    reference_lengths = counts.lengths[counts.n_images :]
-    images = counts.image[counts.n_images :]
+    images = counts.image[n_images:]
     nearest = np.lexsort((reference_lengths, abs(reference_lengths - lengths[images]), images))  # the shorter of two
     rows[:, 9] = reference_lengths[nearest][np.cumsum(counts.n_references) - counts.n_references]
     return rows
@@ -142,11 +136,10 @@ class DocumentFrequencies:
     @classmethod
     def build(cls, references: Iterable[Sequence[str]], tokenizer: str = "ptb") -> DocumentFrequencies:
         """Count the n-grams of `references`, a list of captions for each image."""
-        tokenize = _tokenizer(tokenizer)
+        tokenize, counts = _tokenizer(tokenizer), {}
         # Tuples: the garbage collector ignores tuples of strings, and takes as long as the tokeniser for lists.
         groups = [[tuple(tokenize(caption)) for caption in group] for group in references]
         corpus = NgramCounts(groups, [[]] * len(groups))
-        counts = {}
         for order in corpus.orders:
             frequent = np.flatnonzero(order.documents > 1)
             counts |= zip(order.texts(corpus, frequent), order.documents[frequent].tolist(), strict=True)
@@ -168,8 +161,8 @@ def _cider_rows(corpus: Corpus) -> np.ndarray:
         candidate = order.candidate_count * idf[order.candidate_code]
         reference = order.reference_count * idf[order.reference_code]
         squares = np.bincount(order.candidate, candidate**2, minlength=len(image))
-        squares = squares + np.bincount(order.reference, reference**2, minlength=len(image))
-        norm = np.sqrt(squares[:n_images])[image[n_images:]] * np.sqrt(squares[n_images:])
+        norms = np.sqrt(squares + np.bincount(order.reference, reference**2, minlength=len(image)))
+        norm = norms[:n_images][image[n_images:]] * norms[n_images:]
         shared = reference[order.shared]
         products = np.minimum(candidate[order.match], shared) * shared
         cosine = np.bincount(order.reference[order.shared] - n_images, products, minlength=len(similarity))
@@ -179,9 +172,7 @@ def _cider_rows(corpus: Corpus) -> np.ndarray:
 
 
 def cider_d(
-    references: Sequence[Sequence[Tokens]],
-    candidates: Sequence[Tokens],
-    frequencies: DocumentFrequencies | None = None,
+    references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens], frequencies: DocumentFrequencies | None = None
 ) -> tuple[float, np.ndarray]:
     """Compute CIDEr-D of the corpus, the mean, from 0 to 10, and of each image `(N,)`.
 
@@ -239,10 +230,9 @@ class Scores:
 
     def add(self, metric: str, rows: np.ndarray) -> None:
         """Add a registered metric from its numbers for each image, `(N,)` or `(N, K)`."""
-        self.rows[metric] = np.asarray(rows, dtype=float).reshape(self.n_images, -1)
-        self.per_image |= _values(metric, self.rows[metric], 1)
-        sums = self.rows[metric].sum(axis=0)
-        self.corpus |= {name: float(value) for name, value in _values(metric, sums, self.n_images).items()}
+        self.rows[metric] = rows = np.asarray(rows, dtype=float).reshape(self.n_images, -1)
+        self.per_image |= _values(metric, rows, 1)
+        self.corpus |= {name: float(v) for name, v in _values(metric, rows.sum(axis=0), self.n_images).items()}
 
 
 def _values(metric: str, sums: np.ndarray, n_images: int) -> dict[str, np.ndarray]:
@@ -262,7 +252,7 @@ def score(
 
     Args:
         references: the true captions of each image; images without a candidate are left out.
-        candidates: one caption for each image, as text.
+        candidates: one caption for each image.
         tokenizer: a name in `TOKENIZERS`; only "ptb" gives scores comparable with publications.
         frequencies: CIDEr-D's document frequencies, if not those of the references.
 
@@ -273,41 +263,28 @@ def score(
     ids = list(candidates)
     if not ids:
         raise UserError("there are no candidates to score; give one caption for each image")
-    unknown = [image for image in ids if not references.get(image)]
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} candidates have no references, the first {unknown[0]!r}; "
-            "remove them or add their true captions to the references"
-        )
+    if unknown := [image for image in ids if not references.get(image)]:
+        advice = "remove them or add their true captions to the references"
+        raise UserError(f"{len(unknown)} candidates have no references, the first {unknown[0]!r}; {advice}")
     for image in ids:
-        if isinstance(references[image], str) or not all(
-            isinstance(caption, str) for caption in (candidates[image], *references[image])
-        ):
-            raise UserError(
-                f"image {image!r} has captions that are not text; give a string as candidate and a list of strings as "
-                "references"
-            )
+        group = references[image]
+        if isinstance(group, str) or not all(isinstance(caption, str) for caption in (candidates[image], *group)):
+            advice = "give a string as candidate and a list of strings as references"
+            raise UserError(f"image {image!r} has captions that are not text; {advice}")
     tokenize = _tokenizer(tokenizer)
     if frequencies is not None and frequencies.tokenizer != tokenizer:
         raise UserError(
             f"the document frequencies were counted with the tokeniser {frequencies.tokenizer!r}, not {tokenizer!r}; "
-            f"count them with DocumentFrequencies.build(references, {tokenizer!r}), or score with "
-            f"tokenizer={frequencies.tokenizer!r}"
+            f"count them with DocumentFrequencies.build(references, {tokenizer!r})"
         )
-    corpus = Corpus(
-        [[tokenize(caption) for caption in references[image]] for image in ids],
-        [tokenize(candidates[image]) for image in ids],
-        frequencies,
-    )
-    n_references = sum(map(len, corpus.references))
-    scores = Scores(ids, dict.fromkeys(labels()), {}, tokenizer, n_references)
+    groups = [[tokenize(caption) for caption in references[image]] for image in ids]
+    corpus = Corpus(groups, [tokenize(candidates[image]) for image in ids], frequencies)
+    scores = Scores(ids, dict.fromkeys(labels()), {}, tokenizer, sum(map(len, groups)))
     for name, metric in METRICS.items():
         if metric.rows:
             scores.add(name, metric.rows(corpus))
     if len(ids) == 1 and frequencies is None:
-        scores.notes.append(
-            "CIDEr is 0 by definition for a single image: every n-gram occurs in the references of all images."
-        )
+        scores.notes.append("CIDEr is 0 by definition for a single image: every n-gram has the weight log(1/1) = 0.")
     if tokenizer != "ptb":
         scores.notes.append(f"Tokenised with {tokenizer!r}: not comparable with published scores, which use ptb.")
     return scores
@@ -323,10 +300,7 @@ def perplexity(total_nll: float, n_tokens: int = 1) -> float:
     """Compute the perplexity per word from the sum of the negative log-likelihoods (in nats) of `n_tokens` words.
 
     With one argument, from their mean. Weighting by words, not by batches or captions, makes the perplexity of a split
-    independent of the batches.
-
-    Raises:
-        UserError: there are no words.
+    independent of the batches. Without words it raises a `UserError`.
     """
     if n_tokens < 1:
         raise UserError(f"perplexity needs at least one word, not {n_tokens}; check that the split has captions")
@@ -360,24 +334,19 @@ class Difference:
 def paired(
     first: Scores, second: Scores, n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Difference]:
-    """Compare two systems on the same images, metric by metric.
+    """Compare two systems metric by metric; if they did not caption the same images, raise a `UserError`.
 
     The interval is a bootstrap over images, which resamples both systems together; the two-sided p-value is that of an
     approximate randomisation test, which swaps the two captions of an image at random (Riezler and Maxwell 2005).
-
-    Raises:
-        UserError: the systems did not caption the same images.
     """
     if set(first.ids) != set(second.ids):
-        raise UserError(
-            f"the two systems share {len(set(first.ids) & set(second.ids))} images and caption {len(first.ids)} and "
-            f"{len(second.ids)}; score both on the same images to compare them"
-        )
+        n_shared = len(set(first.ids) & set(second.ids))
+        given = f"the two systems share {n_shared} images and caption {len(first.ids)} and {len(second.ids)}"
+        raise UserError(f"{given}; score both on the same images to compare them")
     where = {image: i for i, image in enumerate(second.ids)}
     order = [where[image] for image in first.ids]
-    shared = [metric for metric in first.rows if metric in second.rows]
-    a = {metric: first.rows[metric] for metric in shared}
-    b = {metric: second.rows[metric][order] for metric in shared}
+    a = {metric: rows for metric, rows in first.rows.items() if metric in second.rows}
+    b = {metric: second.rows[metric][order] for metric in a}
 
     weights = _resamples(len(order), n_resamples, seed)
     resampled_a, resampled_b = _resampled_scores(a, weights), _resampled_scores(b, weights)
@@ -436,17 +405,12 @@ def health(
 ) -> dict[str, float | int | None]:
     """Measure what scores do not show about a system's captions: diversity, copying, repetition, broken endings.
 
-    Args:
-        captions: the system's captions.
-        training_captions: needed for `novel`.
-        vocabulary_size: needed for `vocabulary_used`.
-
     Returns:
         `captions`; `distinct`, the share of different captions; `distinct_1`, `distinct_2`, different words and word
-        pairs per word and per pair; `words_used`; `vocabulary_used`, the share of the vocabulary; `novel`, the share
-        that is not among the training captions; `mean_length` in words; `repeats`, the share with a word twice in a
-        row or the same three words twice; `bad_endings`, the share ending in "a", "with the" and the like; `unk`, the
-        share of words that are `<unk>`. Shares are from 0 to 1, None if unknown.
+        pairs per word and per pair; `words_used`; `vocabulary_used`, the share of the `vocabulary_size` words; `novel`,
+        the share that is not among the `training_captions`; `mean_length` in words; `repeats`, the share with a word
+        twice in a row or the same three words twice; `bad_endings`, the share ending in "a", "with the" and the like;
+        `unk`, the share of words that are `<unk>`. Shares are from 0 to 1, None if unknown.
     """
     if not captions:
         raise UserError("there are no captions to examine; give at least one")
@@ -455,10 +419,7 @@ def health(
     tokens = [tuple(tokenize(caption.replace("<unk>", " unk "))) for caption in captions]
     words = [word for caption in tokens for word in caption]
     pairs = [pair for caption in tokens for pair in itertools.pairwise(caption)]
-    novel = None
-    if training_captions is not None:
-        seen = {tuple(tokenize(caption)) for caption in training_captions}
-        novel = sum(caption not in seen for caption in tokens) / len(tokens)
+    seen = None if training_captions is None else {tuple(tokenize(caption)) for caption in training_captions}
     return {
         "captions": len(captions),
         "distinct": len(set(tokens)) / len(tokens),
@@ -466,7 +427,7 @@ def health(
         "distinct_2": len(set(pairs)) / max(len(pairs), 1),
         "words_used": len(set(words)),
         "vocabulary_used": len(set(words)) / vocabulary_size if vocabulary_size else None,
-        "novel": novel,
+        "novel": None if seen is None else sum(caption not in seen for caption in tokens) / len(tokens),
         "mean_length": len(words) / len(tokens),
         "repeats": sum(map(_repeats, tokens)) / len(tokens),
         "bad_endings": sum(caption[-1] in _BAD_ENDINGS for caption in tokens if caption) / len(tokens),

@@ -96,11 +96,6 @@ def test_meteor_of_the_golden_sentences():
         [ptb(GOLDEN["candidates"][image]) for image in images],
     )
     np.testing.assert_allclose(java_metrics.meteor_from_statistics(rows), GOLDEN["per_image"]["METEOR"], atol=1e-9)
-    scores = score(GOLDEN["references"], GOLDEN["candidates"])
-    scores.add("METEOR", rows)
-    assert scores["METEOR"] == pytest.approx(GOLDEN["scores"]["METEOR"], abs=1e-9)
-    low, high = bootstrap(scores, 200)["METEOR"]
-    assert low < scores["METEOR"] < high
 
 
 # ---- the examples of nlg-eval, which splits at spaces ----
@@ -229,15 +224,11 @@ def test_the_fast_scores_equal_the_definitions():
 # ---- document frequencies ----
 
 
-def test_document_frequencies_of_the_same_references_change_nothing():
+def test_document_frequencies_of_the_same_references_change_nothing_and_make_one_image_scorable():
     table = DocumentFrequencies.build(GOLDEN["references"].values())
     assert min(table.counts.values()) == 2  # an n-gram of one image has the weight of an unknown one
     scores = score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table)
     np.testing.assert_allclose(scores.per_image["CIDEr"], GOLDEN["per_image"]["CIDEr"], atol=1e-9)
-
-
-def test_a_table_makes_one_image_scorable():
-    table = DocumentFrequencies.build(GOLDEN["references"].values())
     references, candidate = {"0": GOLDEN["references"]["0"]}, {"0": GOLDEN["candidates"]["0"]}
     assert score(references, candidate, frequencies=table)["CIDEr"] == pytest.approx(GOLDEN["per_image"]["CIDEr"][0])
     alone = score(references, candidate)
@@ -408,18 +399,11 @@ def test_only_the_same_images_can_be_compared_in_any_order():
 
 def test_health_measures_what_scores_do_not():
     captions = ["A dog runs.", "a dog runs", "a man a man a man with a", "a <unk> cat cat"]
-    seen = health(captions, training_captions=["A dog runs!"], vocabulary_size=20)
-    assert seen["captions"] == 4
-    assert seen["distinct"] == 3 / 4
-    assert seen["novel"] == 2 / 4
-    assert seen["mean_length"] == (3 + 3 + 8 + 4) / 4
-    assert seen["repeats"] == 2 / 4
-    assert seen["bad_endings"] == 1 / 4
-    assert seen["unk"] == 1 / 18
-    assert seen["words_used"] == 7  # a dog runs man with unk cat
-    assert seen["vocabulary_used"] == 7 / 20
-    assert seen["distinct_1"] == 7 / 18
-    assert seen["distinct_2"] == 9 / 14
+    assert health(captions, training_captions=["A dog runs!"], vocabulary_size=20) == {
+        "captions": 4, "distinct": 3 / 4, "distinct_1": 7 / 18, "distinct_2": 9 / 14, "novel": 2 / 4,
+        "words_used": 7, "vocabulary_used": 7 / 20,  # a dog runs man with unk cat
+        "mean_length": (3 + 3 + 8 + 4) / 4, "repeats": 2 / 4, "bad_endings": 1 / 4, "unk": 1 / 18,
+    }  # fmt: skip
     assert health(["a dog"])["novel"] is None
     assert health([""])["mean_length"] == 0
     with pytest.raises(UserError, match="no captions"):
@@ -436,6 +420,5 @@ def test_5000_images_are_scored_in_two_seconds_of_one_core():
     start = time.process_time()
     scores = score(references, candidates)
     assert time.process_time() - start < 2
-    start = time.process_time()
     bootstrap(scores, 1000)
     assert time.process_time() - start < 10
