@@ -18,7 +18,7 @@ import numpy as np
 from showtell import java_metrics, metrics
 from showtell.annotations import read_candidates, read_captions
 from showtell.errors import UserError
-from showtell.tokenizer import TOKENIZERS
+from showtell.tokenizer import ptb
 
 
 def _say(message: str) -> None:
@@ -34,10 +34,8 @@ def _matched(
     unknown = [image for image in candidates if image not in kept]
     absent = [image for image in described if image not in kept]
     if not kept:
-        raise UserError(
-            f"no image of {name} has references: it names {_some(unknown)}, the references {_some(described)}; "
-            "write the same image ids in both"
-        )
+        given = f"it names {_some(unknown)}, the references {_some(described)}"
+        raise UserError(f"no image of {name} has references: {given}; write the same image ids in both")
     parts = [f"{len(unknown)} of {len(candidates)} images have no references ({_some(unknown)})"] if unknown else []
     if absent:
         parts.append(f"{len(absent)} of {len(described)} images have no candidate ({_some(absent)})")
@@ -62,8 +60,6 @@ class Result:
 
     Attributes:
         name: the name of its file.
-        scores: `scores.corpus[metric]` is from 0 to 1 (CIDEr to 10).
-        health: see `metrics.health`.
         captions: its captions by image.
         intervals: metric -> 95 % interval over images, if requested.
         against: the name of the first system, with which the later ones are compared.
@@ -82,8 +78,7 @@ class Result:
 
     def to_json(self) -> dict[str, object]:
         """Return the scores by name, then `n_images`, `n_references`, `tokenizer`, `intervals`, `health` …"""
-        document: dict[str, object] = dict(self.scores.corpus)
-        document |= {
+        document: dict[str, object] = self.scores.corpus | {
             "n_images": self.scores.n_images,
             "n_references": self.scores.n_references,
             "tokenizer": self.scores.tokenizer,
@@ -93,10 +88,8 @@ class Result:
             "notes": self.scores.notes,
         }
         if self.against is not None:
-            document["paired"] = {
-                "against": self.against,
-                **{metric: vars(difference) for metric, difference in self.differences.items()},
-            }
+            differences = {metric: vars(difference) for metric, difference in self.differences.items()}
+            document["paired"] = {"against": self.against, **differences}
         return document
 
 
@@ -120,15 +113,13 @@ def score_captions(
     Args:
         references: the true captions of each image.
         systems: name -> one caption for each image.
-        tokenizer: see `metrics.score`.
-        frequencies: see `metrics.score`.
+        tokenizer, frequencies: see `metrics.score`.
         allow_missing: score the images that are on both sides, instead of raising an error for the others.
         java: compute METEOR where pycocoevalcap and Java are installed.
         spice: also compute SPICE, which may download a large file; `announce` is called with a message first.
         intervals: compute confidence intervals.
         training_captions: for the share of novel captions, see `metrics.health`.
-        n_resamples: how many resamples give intervals and p-values.
-        seed: of the resamples.
+        n_resamples, seed: of the resamples that give intervals and p-values.
 
     Raises:
         UserError: the images on the two sides differ, or see `metrics.score`.
@@ -159,30 +150,26 @@ def _add_java(
     announce: Callable[[str], None],
 ) -> None:
     """Add METEOR and SPICE, or the reason why they are missing; the jar starts once for all systems."""
-
-    def add(metric: str, wanted: bool, compute: Callable[[], np.ndarray], how: str) -> None:
-        reason = how
-        if wanted:
-            try:
-                sizes = np.cumsum([result.scores.n_images for result in results])[:-1]
-                for result, rows in zip(results, np.split(compute(), sizes), strict=True):
-                    result.scores.add(metric, rows)
-                return
-            except java_metrics.JavaMetricError as error:
-                reason = str(error)
-        for result in results:
-            result.missing[metric] = reason
-
     true = [list(references[image]) for result in results for image in result.scores.ids]
     written = [result.captions[image] for result in results for image in result.scores.ids]
-    cut = TOKENIZERS["ptb"]  # METEOR expects its tokens, as in coco-caption
-    add(
-        "METEOR",
-        java,
-        lambda: java_metrics.meteor_statistics([[cut(c) for c in group] for group in true], [cut(c) for c in written]),
-        "left out with --no-java",
-    )
-    add("SPICE", spice, lambda: java_metrics.spice_values(true, written, announce), "ask for it with --spice")
+
+    def meteor() -> np.ndarray:  # expects the tokens of ptb, as in coco-caption
+        return java_metrics.meteor_statistics([[ptb(c) for c in group] for group in true], [ptb(c) for c in written])
+
+    ends = np.cumsum([result.scores.n_images for result in results])[:-1]
+    for metric, wanted, compute, reason in (
+        ("METEOR", java, meteor, "left out with --no-java"),
+        ("SPICE", spice, lambda: java_metrics.spice_values(true, written, announce), "ask for it with --spice"),
+    ):
+        try:
+            rows = np.split(compute(), ends) if wanted else []
+        except java_metrics.JavaMetricError as error:
+            rows, reason = [], str(error)
+        for i, result in enumerate(results):
+            if rows:
+                result.scores.add(metric, rows[i])
+            else:
+                result.missing[metric] = reason
 
 
 def score_files(references: str | Path, candidates: Sequence[str | Path], **options) -> list[Result]:
@@ -194,8 +181,8 @@ def score_files(references: str | Path, candidates: Sequence[str | Path], **opti
     names = [Path(path).name for path in candidates]
     if len(set(names)) < len(names):
         names = [str(path) for path in candidates]
-    if len(set(names)) < len(names):
-        raise UserError(f"{names[0]} is given more than once; name each file of candidates once")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{twice[0]} is given more than once; name each file of candidates once")
     systems = {name: read_candidates(path) for name, path in zip(names, candidates, strict=True)}
     return score_captions(read_captions(references), systems, **options)
 
@@ -205,25 +192,23 @@ def score_files(references: str | Path, candidates: Sequence[str | Path], **opti
 
 def format_table(results: Sequence[Result]) -> str:
     """Return the scores × 100 as text: what was scored, the table, differences, health and notes."""
-    first = results[0].scores
+    first, labels = results[0], metrics.labels()
     sizes = {(result.scores.n_images, result.scores.n_references) for result in results}
     what = ", ".join(f"{images:,} images with {references:,} references" for images, references in sorted(sizes))
-    interval = ", 95 % intervals over images" if results[0].intervals else ""
-    lines = [f"{what}; tokeniser {first.tokenizer}; scores × 100{interval}", ""]
+    interval = ", 95 % intervals over images" if first.intervals else ""
+    lines = [f"{what}; tokeniser {first.scores.tokenizer}; scores × 100{interval}", ""]
     rows = [["", *(result.name for result in results), ""]]
-    for metric, label in metrics.labels().items():
-        rows.append([label, *(_cell(result, metric) for result in results), results[0].missing.get(metric, "")])
+    for metric, label in labels.items():
+        rows.append([label, *(_cell(result, metric) for result in results), first.missing.get(metric, "")])
     lines += _aligned(rows)
     for result in results[1:]:
         lines += ["", f"{result.name} minus {result.against}"]
-        lines += _aligned(
-            [
-                metrics.labels()[metric],
-                f"{100 * d.difference:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]",
-                _p(d.p_value),
-            ]
-            for metric, d in result.differences.items()
-        )
+        rows = []
+        for metric, d in result.differences.items():
+            p_value = f"p = {d.p_value:.3f}" if d.p_value >= 0.0015 else "p < 0.002"
+            interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+            rows.append([labels[metric], f"{100 * d.difference:+.1f} {interval}", p_value])
+        lines += _aligned(rows)
     lines += ["", *_aligned(_health_rows(results)), ""]
     notes = {note: [r.name for r in results if note in r.scores.notes] for r in results for note in r.scores.notes}
     lines += [note if len(names) == len(results) else f"{', '.join(names)}: {note}" for note, names in notes.items()]
@@ -238,24 +223,17 @@ def _cell(result: Result, metric: str) -> str:
     return f"{100 * value:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else "")
 
 
-def _p(p_value: float) -> str:
-    return f"p = {p_value:.3f}" if p_value >= 0.0015 else "p < 0.002"
-
-
 def _health_rows(results: Sequence[Result]) -> list[list[str]]:
     forms = {"words_used": "{:,}", "mean_length": "{:.1f} words", "distinct_1": "{:.3f}", "distinct_2": "{:.3f}"}
     rows = []
     for key in results[0].health:
-        cells = [
-            "-" if (value := result.health[key]) is None else forms.get(key, "{:.1%}").format(value)
-            for result in results
-        ]
+        values = [result.health[key] for result in results]
+        cells = ["-" if value is None else forms.get(key, "{:.1%}").format(value) for value in values]
         if key != "captions" and set(cells) != {"-"}:
             rows.append([key.replace("_", " "), *cells])
     return rows
 
 
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    rows = list(rows)
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,7 @@ def run(capsys, *arguments: object) -> str:
 
 
 def test_json_is_one_document_of_the_scores(capsys, files):
-    out = run(capsys, *files, "--json", "--no-java")
-    document = json.loads(out)
+    document = json.loads(run(capsys, *files, "--json", "--no-java"))
     assert list(document) == ["system.json"]
     expected = metrics.score(REFERENCES, CANDIDATES)
     got = document["system.json"]
@@ -79,11 +79,8 @@ def test_json_is_one_document_of_the_scores(capsys, files):
         assert got[metric] == expected[metric]
         low, high = got["intervals"][metric]
         assert low <= got[metric] <= high
-    assert got["METEOR"] is None
-    assert got["SPICE"] is None
-    assert got["n_images"] == 3
-    assert got["n_references"] == 4
-    assert got["tokenizer"] == "ptb"
+    assert got["METEOR"] is got["SPICE"] is None
+    assert (got["n_images"], got["n_references"], got["tokenizer"]) == (3, 4, "ptb")
     assert got["health"]["distinct"] == 1
     assert got["missing"]["METEOR"] == "left out with --no-java"
 
@@ -99,11 +96,16 @@ def test_the_table_says_what_was_scored(capsys, files):
     assert "interval" not in out
 
 
-def test_two_systems_are_compared(capsys, tmp_path):
-    references = write(tmp_path / "true.json", GOLDEN["references"])
-    good = write(tmp_path / "good.json", {image: group[0] for image, group in GOLDEN["references"].items()})
-    plain = write(tmp_path / "plain.json", GOLDEN["candidates"])
-    out = run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4)
+@pytest.fixture
+def golden_files(tmp_path) -> list[Path]:
+    """References, the golden candidates, and a perfect system."""
+    good = {image: group[0] for image, group in GOLDEN["references"].items()}
+    contents = {"true": GOLDEN["references"], "plain": GOLDEN["candidates"], "good": good}
+    return [write(tmp_path / f"{name}.json", content) for name, content in contents.items()]
+
+
+def test_two_systems_are_compared(capsys, golden_files):
+    out = run(capsys, *golden_files, "--no-java", "--json", "--seed", 4)
     document = json.loads(out)
     paired = document["good.json"]["paired"]
     assert paired["against"] == "plain.json"
@@ -112,8 +114,8 @@ def test_two_systems_are_compared(capsys, tmp_path):
     assert cider["difference"] == pytest.approx(document["good.json"]["CIDEr"] - document["plain.json"]["CIDEr"])
     assert 0 < cider["low"] < cider["difference"] < cider["high"]
     assert cider["p_value"] < 0.01
-    assert run(capsys, references, plain, good, "--no-java", "--json", "--seed", 4) == out
-    table = run(capsys, references, plain, good, "--no-java")
+    assert run(capsys, *golden_files, "--no-java", "--json", "--seed", 4) == out
+    table = run(capsys, *golden_files, "--no-java")
     assert "good.json minus plain.json" in table
     assert "p < 0.002" in table
 
@@ -131,13 +133,11 @@ def test_files_of_one_name_are_told_apart_by_their_folder(tmp_path, files):
 def test_training_captions_and_document_frequencies(capsys, tmp_path, files, tokenizer):
     """The frequencies are counted from any caption file, with the tokeniser of the scores."""
     training = write(tmp_path / "training.json", {"x": ["A dog is running.", "a horse"]})
-    corpus = write(
-        tmp_path / "corpus.csv", "image,caption\n1,A brown dog's bed\n1,a dog\n2,the dog's bus\n3,two red buses\n"
-    )
+    groups = [["A brown dog's bed", "a dog"], ["the dog's bus"], ["two red buses"]]
+    corpus = write(tmp_path / "corpus.json", dict(enumerate(groups)))
     options = ["--json", "--no-java", "--training-captions", training, "--tokenizer", tokenizer]
     got = json.loads(run(capsys, *files, *options, "--document-frequencies", corpus))["system.json"]
     assert got["health"]["novel"] == pytest.approx(2 / 3)
-    groups = [["A brown dog's bed", "a dog"], ["the dog's bus"], ["two red buses"]]
     frequencies = metrics.DocumentFrequencies.build(groups, tokenizer)
     expected = metrics.score(REFERENCES, CANDIDATES, tokenizer=tokenizer, frequencies=frequencies)["CIDEr"]
     assert got["CIDEr"] == expected != metrics.score(REFERENCES, CANDIDATES, tokenizer=tokenizer)["CIDEr"]
@@ -182,10 +182,8 @@ def test_without_java_the_row_says_what_to_do(monkeypatch, files):
     assert result.scores["METEOR"] is None
     assert result.scores["CIDEr"] > 0
     assert "METEOR   -" in format_table([result])
-    assert result.missing["METEOR"] == (
-        "no Java on the path; install one (on Debian: apt install default-jre-headless)"
-    )
-    assert result.missing["SPICE"] == result.missing["METEOR"]
+    reason = "no Java on the path; install one (on Debian: apt install default-jre-headless)"
+    assert result.missing == {"METEOR": reason, "SPICE": reason}
 
 
 def test_without_pycocoevalcap_the_row_says_what_to_do(monkeypatch, files):
@@ -209,7 +207,7 @@ def test_a_failing_jar_leaves_the_other_scores(monkeypatch, files):
 def test_spice_announces_its_download(monkeypatch, tmp_path, files):
     monkeypatch.setattr(java_metrics, "_java", lambda: "java")
     monkeypatch.setattr(java_metrics, "_package", lambda: tmp_path)  # holds neither the jars nor what fetches them
-    monkeypatch.setitem(__import__("sys").modules, "pycocoevalcap.spice.get_stanford_models", None)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.spice.get_stanford_models", None)
     announced = []
     [result] = score_files(files[0], [files[1]], spice=True, announce=announced.append)
     assert announced == ["SPICE needs Stanford CoreNLP once: fetching about 0.4 GB from nlp.stanford.edu"]
@@ -217,28 +215,10 @@ def test_spice_announces_its_download(monkeypatch, tmp_path, files):
 
 
 @pytest.mark.java
-def test_meteor_comes_by_itself_for_every_system(capsys, tmp_path):
-    references = write(tmp_path / "true.json", GOLDEN["references"])
-    plain = write(tmp_path / "plain.json", GOLDEN["candidates"])
-    good = write(tmp_path / "good.json", {image: group[0] for image, group in GOLDEN["references"].items()})
-    document = json.loads(run(capsys, references, plain, good, "--json"))
+def test_meteor_comes_by_itself_for_every_system(capsys, golden_files):
+    document = json.loads(run(capsys, *golden_files, "--json"))
     assert document["plain.json"]["METEOR"] == pytest.approx(GOLDEN["scores"]["METEOR"], abs=1e-9)
     low, high = document["plain.json"]["intervals"]["METEOR"]
     assert low < document["plain.json"]["METEOR"] < high
     assert document["good.json"]["paired"]["METEOR"]["difference"] > 0.5
     assert document["good.json"]["missing"] == {"SPICE": "ask for it with --spice"}
-
-
-def test_the_file_of_2500_coco_images_scores_in_seconds(capsys, shared_data, tmp_path):
-    import gzip
-
-    path = shared_data.parent / "reference" / "metrics" / "coco_val2017_a.json.gz"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside the data")
-    golden = json.loads(gzip.decompress(path.read_bytes()))
-    rows = [{"image_id": int(i), "caption": c} for i, group in golden["references"].items() for c in group]
-    references = write(tmp_path / "captions_val2017.json", {"images": [], "annotations": rows})
-    candidates = write(tmp_path / "results.json", results_json(golden["candidates"]))
-    got = json.loads(run(capsys, references, candidates, "--json", "--no-java"))["results.json"]
-    for metric in ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"):
-        assert got[metric] == pytest.approx(golden["scores"][metric], abs=1e-9)
