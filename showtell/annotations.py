@@ -24,8 +24,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "comment")
 SPLIT_NAMES = {"": None, "train": "train", "restval": "train", "test": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
 _FORMS = (
-    'give csv or tsv with the columns image and caption, json or jsonl with such keys, json like {"image": '
-    '["caption"]}, or COCO annotations or results'
+    "give csv or tsv with the columns image and caption, json or jsonl with such keys, or COCO annotations or results"
 )
 
 
@@ -39,12 +38,8 @@ class Row(NamedTuple):
 
 
 def normal_path(path: str) -> str:
-    """Return one spelling for all spellings of a path: `3.png` for `./3.png` and `a/../3.png`.
-
-    The parts are separated by `/` on every system. A backslash is a separator on Windows only: elsewhere it is an
-    ordinary character of a file name.
-    """
-    return posixpath.normpath(path.replace(os.sep, "/"))
+    """Return one spelling for all spellings of a path: `3.png` for `./3.png` and `a/../3.png`; `/` on every system."""
+    return posixpath.normpath(path.replace(os.sep, "/"))  # a backslash separates on Windows only
 
 
 def find_table(data_dir: Path) -> Path:
@@ -76,6 +71,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
         captions = next((entry[key] for key in CAPTION_COLUMNS if key in entry), ())
         captions = captions if isinstance(captions, list | tuple) else [captions]
         split = entry.get("split") or ""
+        reason = None
         if image == "" or captions == ():
             reason = f"no image and caption; {_FORMS}"
         elif not isinstance(image, int | str) or isinstance(image, bool):
@@ -84,11 +80,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
             reason = f"the caption {reprlib.repr(bad[0])}; write captions as text"
         elif not isinstance(split, str) or split.strip().lower() not in SPLIT_NAMES:
             reason = f"the split {reprlib.repr(split)}; write train, val or test, and quote a caption with commas"
-        else:
-            yield Row(image, captions, SPLIT_NAMES[split.strip().lower()], files.get(image, str(image)))
-            empty = False
-            continue
-        raise UserError(f"{place} of {path} has {reason}")
+        if reason:
+            raise UserError(f"{place} of {path} has {reason}")
+        yield Row(image, captions, SPLIT_NAMES[split.strip().lower()], files.get(image, str(image)))
+        empty = False
     if empty:
         raise UserError(f"{path} holds no captions; {_FORMS}")
 
@@ -112,13 +107,13 @@ def _json_entries(path: Path, files: dict[int | str, str]) -> Iterator[tuple[str
             content = [{**entry, "id": ""} if isinstance(entry, dict) else entry for entry in content["annotations"]]
         elif images:
             raise UserError(f"{path} holds images but no annotations; read it as the data set karpathy")
-        else:
-            for image, captions in content.items():
-                yield f"entry {reprlib.repr(image)}", {"image": image, "captions": captions}
-            return
-    if not isinstance(content, list):
+    if isinstance(content, dict):
+        for image, captions in content.items():
+            yield f"entry {reprlib.repr(image)}", {"image": image, "captions": captions}
+    elif isinstance(content, list):
+        yield from ((f"entry {number}", entry) for number, entry in enumerate(content, 1))
+    else:
         raise UserError(f"{path} holds a json {type(content).__name__}; {_FORMS}")
-    yield from ((f"entry {number}", entry) for number, entry in enumerate(content, 1))
 
 
 def _table_entries(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -150,10 +145,8 @@ def _table_entries(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
                     raise UserError(f"the header of {path} is {', '.join(row)}; name the columns image and caption")
                 columns = ["image", "caption", "split"][: max(2, len(row))]
             if len(row) != len(columns):
-                raise UserError(
-                    f"line {reader.line_num} of {path} has {len(row)} columns, not {len(columns)}; write image and "
-                    "caption in each, and in a csv put quotation marks around a caption with commas"
-                )
+                given = f"line {reader.line_num} of {path} has {len(row)} columns, not {len(columns)}"
+                raise UserError(f"{given}; write both, in a csv with quotation marks around a caption with commas")
             yield f"line {reader.line_num}", dict(zip(columns, row, strict=True))
     except csv.Error as error:
         raise UserError(f"line {reader.line_num} of {path} is not a row ({error}); check its quotation marks") from None
@@ -188,10 +181,7 @@ def _parse(text: str, place: str):
 
 
 def read_captions(path: str | Path) -> dict[str, list[str]]:
-    """Read the captions of every image in a file: image ids as text, in the order of the file.
-
-    Raises as `read_rows` does.
-    """
+    """Read the captions of each image, by id as text, in the order of the file. Raises as `read_rows` does."""
     captions: dict[str, list[str]] = {}
     for row in read_rows(path):
         captions.setdefault(str(row.image), []).extend(row.captions)
@@ -199,14 +189,9 @@ def read_captions(path: str | Path) -> dict[str, list[str]]:
 
 
 def read_candidates(path: str | Path) -> dict[str, str]:
-    """Read one caption for each image; a row given twice counts once.
-
-    Raises:
-        UserError: an image has no caption or several differing ones, and whatever `read_rows` raises.
-    """
-    candidates = {}
-    for image, group in read_captions(path).items():
+    """Read one caption for each image; a row given twice counts once. Raises a `UserError` for none or several."""
+    captions = read_captions(path)
+    for image, group in captions.items():
         if len(set(group)) != 1:
             raise UserError(f"{path} has {len(set(group))} captions for image {image}; give each image exactly one")
-        candidates[image] = group[0]
-    return candidates
+    return {image: group[0] for image, group in captions.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import itertools
 import os
 import reprlib
 from collections import Counter
@@ -38,7 +39,6 @@ class CaptionSet:
         image_ids: One for each image: an int where the annotations have one, else the file's name.
         captions: The captions of each image.
         files: Each image's path below `folder`; empty if the images are drawn.
-        folder: Where the files are.
         missing: Files that the annotations list but that do not exist; their images are left out.
         empty: How many empty captions were dropped.
     """
@@ -59,9 +59,9 @@ class CaptionSet:
         return len(self.image_ids)
 
     def __repr__(self) -> str:
-        n_captions = sum(map(len, self.captions))
         without = f", {len(self.missing)} files missing" if self.missing else ""
-        return f"<CaptionSet {self.name} {self.split}: {len(self)} images, {n_captions} captions{without}>"
+        counts = f"{len(self)} images, {sum(map(len, self.captions))} captions{without}"
+        return f"<CaptionSet {self.name} {self.split}: {counts}>"
 
     def image(self, i: int) -> torch.Tensor:
         """Read image `i`: (3, H, W) uint8 RGB. Raises as `showtell.transforms.read_image` does."""
@@ -77,18 +77,16 @@ class CaptionSet:
 
     def all_captions(self) -> Iterator[str]:
         """Yield every caption, image by image; a vocabulary is built from them."""
-        for captions in self.captions:
-            yield from captions
+        return itertools.chain.from_iterable(self.captions)
 
     def references(self) -> dict[str, list[str]]:
         """Return the captions of each image by its id as text; scores compare with them."""
         return {str(i): captions for i, captions in zip(self.image_ids, self.captions, strict=True)}
 
     def subset(self, n: int, seed: int = 0) -> CaptionSet:
-        """Draw `n` images by `seed` and keep their order; all images if there are no more than `n`."""
+        """Draw `n` images by `seed` and keep their order; a larger subset contains the smaller ones."""
         if n < 1:
             raise UserError(f"a subset of {n} images is empty; ask for 1 or more")
-        # By a draw for each image rather than `sample`, so that a larger subset holds the smaller ones.
         rng = Random(f"{seed}/subset")
         draws = [rng.random() for _ in self.image_ids]
         return self._of(sorted(sorted(range(len(self)), key=draws.__getitem__)[:n]))
@@ -99,25 +97,18 @@ class CaptionSet:
 
 
 def join(sets: Sequence[CaptionSet]) -> CaptionSet:
-    """Join several sets of files, in their order.
-
-    Raises:
-        UserError: an image id is in two of them, or one of them is drawn and has no files.
-    """
+    """Join several sets of files, in their order; no two may have an image id in common."""
     if drawn := next((caption_set.name for caption_set in sets if not caption_set.files), None):
         raise UserError(f"the data set {drawn} is drawn and has no files to join with others; export it as COCO first")
     ids = [image_id for caption_set in sets for image_id in caption_set.image_ids]
     if twice := next((image_id for image_id, n in Counter(map(str, ids)).items() if n > 1), None):
         raise UserError(f"the image id {twice} is in two of the data sets that are joined; give each image its own id")
-    return CaptionSet(
-        ",".join(caption_set.name for caption_set in sets),
-        sets[0].split,
-        ids,
-        [captions for caption_set in sets for captions in caption_set.captions],
-        [path for caption_set in sets for path in caption_set.sources()],
-        missing=[path for caption_set in sets for path in caption_set.missing],
-        empty=sum(caption_set.empty for caption_set in sets),
-    )
+    name = ",".join(caption_set.name for caption_set in sets)
+    captions = [captions for caption_set in sets for captions in caption_set.captions]
+    paths = [path for caption_set in sets for path in caption_set.sources()]
+    missing = [path for caption_set in sets for path in caption_set.missing]
+    empty = sum(caption_set.empty for caption_set in sets)
+    return CaptionSet(name, sets[0].split, ids, captions, paths, missing=missing, empty=empty)
 
 
 class SyntheticSet(CaptionSet):
@@ -234,26 +225,20 @@ def read_coco(
     images, captions = _lists(path, ("images", "annotations"), form)
     if captions and isinstance(captions[0], dict) and "caption" not in captions[0]:
         raise UserError(f"{path} holds no captions (is it the instances file?); give COCO's captions json")
-    records: dict[int | str, tuple[str, list[str]]] = {}
-    for number, image in enumerate(images, 1):
-        identity, file = _values(image, {"id": _ID, "file_name": str}, f"image {number} of {path}")
-        if identity in records:
-            raise UserError(f"{path} lists the image id {identity} twice; give each image its own id")
-        records[identity] = (file, [])
-    seen = set()
+    kinds = {"id": _ID, "file_name": str}
+    files = [_values(image, kinds, f"image {number} of {path}") for number, image in enumerate(images, 1)]
+    _require_unique((identity for identity, _ in files), f"{path} lists the image id", "give each image its own id")
+    records: dict[int | str, tuple[str, list[str]]] = {identity: (file, []) for identity, file in files}
     kinds = {"id": _ID, "image_id": _ID, "caption": (str, type(None))}
-    for number, annotation in enumerate(captions, 1):
-        identity, image_id, caption = _values(annotation, kinds, f"annotation {number} of {path}")
-        if identity in seen:
-            raise UserError(f"{path} lists the annotation id {identity} twice; give each caption its own id")
+    rows = [_values(row, kinds, f"annotation {number} of {path}") for number, row in enumerate(captions, 1)]
+    _require_unique((row[0] for row in rows), f"{path} lists the annotation id", "give each caption its own id")
+    for _, image_id, caption in rows:
         if image_id not in records:
-            raise UserError(
-                f"{path} has a caption of the image id {image_id}, which its images do not list; add the image"
-            )
-        seen.add(identity)
+            given = f"{path} has a caption of the image id {image_id}, which its images do not list"
+            raise UserError(f"{given}; add the image")
         records[image_id][1].append(caption or "")
     folder = _first_folder([data_dir / f"{split}{year}", data_dir / "images" / f"{split}{year}"], "COCO's images")
-    return _assemble("coco", split, ((i, *record) for i, record in records.items()), folder, max_missing)
+    return _assemble("coco", split, [(i, *record) for i, record in records.items()], folder, max_missing)
 
 
 def read_karpathy(
@@ -265,10 +250,7 @@ def read_karpathy(
     """Read Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
 
     `restval` counts as train, as in published results. The images are in the json's `filepath` below `data_dir` (or
-    below its `images/`), or in `images/` itself.
-
-    Args:
-        annotations: The json's path; by default the only `dataset_*.json` in `data_dir`.
+    below its `images/`), or in `images/` itself; the json is `annotations`, or the only `dataset_*.json` in `data_dir`.
     """
     _require_split("karpathy", split, ("train", "val", "test"))
     if annotations is None:
@@ -280,21 +262,20 @@ def read_karpathy(
     path = Path(annotations)
     (images,) = _lists(path, ("images",), 'Karpathy\'s splits: an object with "images"')
     wanted = {"train": ("train", "restval")}.get(split, (split,))
-    records, splits, seen = [], set(), set()
+    records, ids, files, splits = [], [], [], set()
     for number, image in enumerate(images):
         place = f"image {number + 1} of {path}"
         name, named_split, sentences = _values(image, {"filename": str, "split": str, "sentences": list}, place)
         optional = {"id": image.get("cocoid", image.get("imgid", number)), "filepath": image.get("filepath", "")}
         identity, parent = _values(optional, {"id": _ID, "filepath": str}, place)
-        file = normal_path(os.path.join(parent, name))
-        for what, value in (("image id", identity), ("file", file)):
-            if (what, value) in seen:
-                raise UserError(f"{path} lists the {what} {value} twice; list each image once")
-            seen.add((what, value))
+        ids.append(identity)
+        files.append(normal_path(os.path.join(parent, name)))
         splits.add(named_split)
         if named_split in wanted:
             texts = [_values(sentence, {"raw": str}, f"a sentence of {place}")[0] for sentence in sentences]
-            records.append((identity, file, texts))
+            records.append((identity, files[-1], texts))
+    _require_unique(ids, f"{path} lists the image id", "list each image once")
+    _require_unique(files, f"{path} lists the file", "list each image once")
     if not records:
         raise UserError(f"{path} has no images of the split {split}; it has {', '.join(sorted(splits)) or 'none'}")
     parent = os.path.dirname(records[0][1])
@@ -313,8 +294,7 @@ def read_flickr8k(data_dir: Path, split: str = "train", max_missing: int | None 
     _require_split("flickr8k", split, ("train", "val", "dev", "test"))
     listing = data_dir / f"Flickr_8k.{'dev' if split == 'val' else split}Images.txt"
     names = [line.strip() for line in read_text(listing).split("\n") if line.strip()]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{listing} lists {twice[0]} twice; list each image once")
+    _require_unique(names, f"{listing} lists", "list each image once")
     captions: dict[str, list[str]] = {name: [] for name in names}
     path = data_dir / "Flickr8k.token.txt"
     keys = set()
@@ -327,15 +307,11 @@ def read_flickr8k(data_dir: Path, split: str = "train", max_missing: int | None 
         keys.add(key)
         name, mark, _ = key.rpartition("#")
         if not (tab and mark):
-            raise UserError(
-                f"line {number} of {path} is not `image.jpg#0<tab>caption`; give Flickr8k.token.txt as published"
-            )
+            raise UserError(f"line {number} of {path} is not `image.jpg#0<tab>caption`; give the file as published")
         if name in captions:
             captions[name].append(caption)
-    folder = _first_folder(
-        [data_dir / "images", data_dir / "Flicker8k_Dataset", data_dir / "Images"], "Flickr8k's images"
-    )
-    records = ((name, name, texts) for name, texts in captions.items())
+    folder = _first_folder([data_dir / f for f in ("images", "Flicker8k_Dataset", "Images")], "Flickr8k's images")
+    records = [(name, name, texts) for name, texts in captions.items()]
     return _assemble("flickr8k", split, records, folder, max_missing)
 
 
@@ -358,8 +334,7 @@ def read_folder(
     Args:
         annotations: The caption file; by default the only one in `data_dir`, or the one named captions.
         images: The folder that the names in the file are relative to; by default `data_dir`, or its `images/`.
-        val: The fraction of the images for validation, where the file has no splits.
-        test: The fraction for the test.
+        val, test: The fractions of the images for validation and test, where the file has no splits.
         seed: Decides which image falls into which split.
     """
     _require_split("folder", split, ("train", "val", "test"))
@@ -388,7 +363,6 @@ def read_folder(
     return _assemble("folder", split, records, folder, max_missing)
 
 
-# A reader takes `split`, `data_dir` (a Path) unless it reads no files, and its own options by name.
 def read_samples(split: str = "test") -> CaptionSet:
     """Read 16 embedded photographs of free licence with five captions each, for galleries and never for training.
 
@@ -405,6 +379,7 @@ def read_samples(split: str = "test") -> CaptionSet:
     return _assemble("samples", split, records, Path(), len(records))
 
 
+# A reader takes `split`, `data_dir` (a Path) unless it reads no files, and its own options by name.
 READERS: dict[str, Callable[..., CaptionSet]] = {
     "coco": read_coco,
     "karpathy": read_karpathy,
@@ -418,34 +393,32 @@ READERS: dict[str, Callable[..., CaptionSet]] = {
 def _assemble(
     name: str,
     split: str,
-    records: Iterable[tuple[int | str, str, list[str]]],
+    records: Sequence[tuple[int | str, str, list[str]]],
     folder: Path,
     max_missing: int | None,
 ) -> CaptionSet:
     """Make a set of (id, file, captions) records; leave out empty captions and images whose file is missing."""
-    image_ids, kept, files, missing, empty, total = [], [], [], [], 0, 0
-    present: dict[str, set[str]] = {}  # one listing a folder: a hundred times faster than asking for each file
+
+    @functools.cache  # one listing a folder: a hundred times faster than asking for each file
+    def names_in(parent: str) -> set[str]:
+        return set(os.listdir(folder / parent)) if os.path.isdir(folder / parent) else set()
+
+    image_ids, kept, files, missing, empty = [], [], [], [], 0
     for identity, file, captions in records:
-        total += 1
         texts = [text for caption in captions if (text := " ".join(caption.split()))]
         empty += len(captions) - len(texts)
         parent, base = os.path.split(file)
-        if parent not in present:
-            inside = folder / parent
-            present[parent] = set(os.listdir(inside)) if os.path.isdir(inside) else set()
-        if base not in present[parent]:
+        if base not in names_in(parent):
             missing.append(file)
         elif texts:
             image_ids.append(identity)
             kept.append(texts)
             files.append(file)
-    limit = total // 10 if max_missing is None else max_missing
+    limit = len(records) // 10 if max_missing is None else max_missing
     if len(missing) > limit:
         listed = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise MissingFileError(
-            f"{len(missing)} of {total} images of {name} {split} are not in {folder} ({listed}); "
-            f"at most {limit} may be missing: add them, or raise max_missing"
-        )
+        given = f"{len(missing)} of {len(records)} images of {name} {split} are not in {folder} ({listed})"
+        raise MissingFileError(f"{given}; at most {limit} may be missing: add them, or raise max_missing")
     if not image_ids:
         raise UserError(f"no image of {name} {split} in {folder} has a caption; check the annotations")
     return CaptionSet(name, split, image_ids, kept, files, folder, missing, empty)
@@ -454,6 +427,11 @@ def _assemble(
 def _require_split(name: str, split: str, splits: Sequence[str]) -> None:
     if split not in splits:
         raise UserError(f"the data set {name} has no split {split!r}; choose one of {', '.join(splits)}")
+
+
+def _require_unique(values: Iterable[int | str], what: str, advice: str) -> None:
+    if twice := [value for value, n in Counter(values).items() if n > 1]:
+        raise UserError(f"{what} {twice[0]} twice; {advice}")
 
 
 def _first_folder(candidates: Sequence[Path], what: str) -> Path:
