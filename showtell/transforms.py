@@ -44,10 +44,9 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BrokenImageError(UserError):
-    """An image that exists but cannot be read.
+    """An image that exists but cannot be read: its file, None for bytes or an array, and the reason.
 
-    `path` is the file (None for bytes or an array) and `reason` the part of the message that says why. Both survive
-    pickling, so that loader workers can report them.
+    Both survive pickling, so that loader workers can report them.
     """
 
     path: str | None = None
@@ -75,10 +74,8 @@ def read_image(source: Source) -> torch.Tensor:
 
     if isinstance(source, torch.Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] not in (1, 3) or not source.numel():
-            raise UserError(
-                f"a tensor of {source.dtype} and shape {tuple(source.shape)} is not an image; "
-                "give uint8 of shape (3, H, W) or (1, H, W)"
-            )
+            given = f"a tensor of {source.dtype} and shape {tuple(source.shape)}"
+            raise UserError(f"{given} is not an image; give uint8 of shape (3, H, W) or (1, H, W)")
         return source.expand(3, -1, -1)
     if isinstance(source, np.ndarray):
         return _to_rgb(Image.fromarray(_as_uint8(source)))
@@ -91,9 +88,7 @@ def read_image(source: Source) -> torch.Tensor:
 def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
     """Return an image file's path as text and its bytes, which `decode_image` decodes; bytes have no path.
 
-    Raises:
-        MissingFileError: there is no such file.
-        BrokenImageError: it is a folder, a pipe or a device, is too large, or cannot be read.
+    Raises as `read_image` does if there is no such file, or it is no regular file, too large or not readable.
     """
     if isinstance(source, (bytes, bytearray, memoryview)):
         return None, bytes(source)
@@ -104,15 +99,15 @@ def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
         raise _broken(path, "it is a folder", "name an image in it")
     try:
         require_regular_file(path, "image", "check its name and folder")
-        if os.path.getsize(path) > MAX_BYTES:
-            raise _broken(path, f"it has more than {MAX_BYTES:,} bytes", "make a smaller copy first")
-        return path, Path(path).read_bytes()
-    except (MissingFileError, BrokenImageError):
+        if os.path.getsize(path) <= MAX_BYTES:
+            return path, Path(path).read_bytes()
+    except MissingFileError:
         raise
     except UserError:
         raise _broken(path, "it is no regular file (a pipe, a socket or a device)") from None
     except OSError as error:
         raise _broken(path, error.strerror or str(error), "make it readable first") from None
+    raise _broken(path, f"it has more than {MAX_BYTES:,} bytes", "make a smaller copy first")
 
 
 def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
@@ -148,8 +143,7 @@ class Transform:
         crop: The side of the square crop; None crops nothing. A smaller image is first enlarged to it.
         random_crop: In training, crop at a random position; otherwise, and always in evaluation, in the middle.
         flip: In training, mirror half of the images.
-        mean: Subtracted from each channel, whose values are from 0 to 1.
-        std: Divides each channel after that.
+        mean, std: Each channel, whose values are from 0 to 1, becomes (value - mean) / std.
         mirror: Mirror every image, in evaluation too, for a feature cache of the mirror images.
 
     Raises:
@@ -168,16 +162,16 @@ class Transform:
         for name in ("resize", "mean", "std"):  # JSON has lists, and a hashable specification needs tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        sides = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
-        if len(sides) != 2 or sides[0] != sides[1]:
-            raise UserError(f"resize={self.resize!r} is not a square; give (S, S) to squash, or S for the shorter side")
-        for name, side in (("resize", sides[0]), ("crop", self.crop)):
-            if side is not None and (not isinstance(side, int) or isinstance(side, bool) or side < 1):
-                raise UserError(f"{name}={side!r} is not a size; give a number of pixels")
-        if self.crop and sides[0] and self.crop > sides[0]:
-            raise UserError(
-                f"crop={self.crop} is larger than resize={self.resize!r}; give a crop of {sides[0]} or less"
-            )
+        side = self.resize
+        if isinstance(side, tuple):
+            if len(side) != 2 or side[0] != side[1]:
+                raise UserError(f"resize={side!r} is not a square; give (S, S) to squash, or S for the shorter side")
+            side = side[0]
+        for name, size in (("resize", side), ("crop", self.crop)):
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise UserError(f"{name}={size!r} is not a size; give a number of pixels")
+        if self.crop and side and self.crop > side:
+            raise UserError(f"crop={self.crop} is larger than resize={self.resize!r}; give a crop of {side} or less")
         if self.random_crop and not self.crop:
             raise UserError("random_crop=True needs a crop to place; give crop=224, or leave random_crop out")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
@@ -194,8 +188,8 @@ class Transform:
         from torchvision.transforms.v2 import functional as F
 
         image = read_image(image)
-        if isinstance(self.resize, int) and max(image.shape[1:]) > 100 * min(image.shape[1:]):
-            height, width = image.shape[1:]  # a line of one pixel would become an image of gigabytes
+        height, width = image.shape[1:]
+        if isinstance(self.resize, int) and max(height, width) > 100 * min(height, width):  # it would have gigabytes
             raise BrokenImageError(f"an image of {width} x {height} pixels is too long and thin; crop it first")
         if self.resize is not None:
             image = F.resize(image, [self.resize] if isinstance(self.resize, int) else list(self.resize))
@@ -236,11 +230,7 @@ class Transform:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> Transform:
-        """Make a transform from `to_dict`'s values.
-
-        Raises:
-            UserError: there is a key that no transform of this version has.
-        """
+        """Make a transform from `to_dict`'s values; keys that this version does not know raise a `UserError`."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise UserError(f"a transform has no {', '.join(unknown)}; it has {', '.join(sorted(known))}")
@@ -281,6 +271,8 @@ def _open(data: bytes, path: str | None) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     def header() -> Image.Image:
+        if not data:
+            raise _broken(path, "it is empty (0 bytes)")
         try:
             # No other formats: Pillow would start Ghostscript for PostScript, whatever the name of the file.
             Image.init()
@@ -294,8 +286,6 @@ def _open(data: bytes, path: str | None) -> Image.Image:
             raise Image.DecompressionBombError
         return image
 
-    if not data:
-        raise _broken(path, "it is empty (0 bytes)")
     return _guarded(path, header)
 
 
@@ -350,13 +340,12 @@ def _as_uint8(array: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(array)
     if array.dtype == bool:
         return array * np.uint8(255)
-    top = float(np.nanmax(array)) if array.dtype.kind in "iuf" else -1.0
     if array.dtype.kind == "f":
-        white = 1.0 if top <= 1 else 255.0
+        white = 1.0 if np.nanmax(array) <= 1 else 255.0
     elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
         white = 65535.0
     elif array.dtype == np.int32:  # what Pillow makes of some 16-bit files and of 32-bit ones
-        white = 255.0 if top <= 255 else 65535.0 if top <= 65535 else float(np.iinfo(np.int32).max)
+        white = next(float(top) for top in (255, 65535, np.iinfo(np.int32).max) if array.max() <= top)
     else:
         raise UserError(f"an array of {array.dtype} is not an image; give uint8, uint16, or floats from 0 to 1")
     return (np.clip(np.nan_to_num(array.astype(np.float64)) / white, 0, 1) * 255 + 0.5).astype(np.uint8)
