@@ -19,29 +19,20 @@ from typing import NoReturn
 from showtell.errors import UserError
 
 COLORS = {
-    "red": (214, 40, 40),
-    "green": (44, 150, 66),
-    "blue": (38, 84, 196),
-    "yellow": (240, 200, 20),
-    "orange": (242, 128, 24),
-    "black": (26, 26, 30),
-}
+    "red": (214, 40, 40), "green": (44, 150, 66), "blue": (38, 84, 196),
+    "yellow": (240, 200, 20), "orange": (242, 128, 24), "black": (26, 26, 30),
+}  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star")
 SIZES = ("small", "large")
 NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3}
 OPENERS = ("there", "here", "a picture of")
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = {
-    "in the top left": ("top", "left"),
-    "in the top right": ("top", "right"),
-    "in the bottom left": ("bottom", "left"),
-    "in the bottom right": ("bottom", "right"),
-    "in the center": ("center",),
-    "at the top": ("top",),
-    "at the bottom": ("bottom",),
-    "on the left": ("left",),
-    "on the right": ("right",),
-}
+    "in the top left": ("top", "left"), "in the top right": ("top", "right"),
+    "in the bottom left": ("bottom", "left"), "in the bottom right": ("bottom", "right"),
+    "in the center": ("center",), "at the top": ("top",), "at the bottom": ("bottom",),
+    "on the left": ("left",), "on the right": ("right",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,12 +67,10 @@ class Scene:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of `check`.
+    """The result of `check`: whether everything in the sentence holds, and whether it names everything drawn.
 
-    Attributes:
-        true: everything in the sentence holds.
-        complete: the sentence names the number, colour and shape of everything drawn ("red circle" means one).
-        problems: empty only if the sentence is true and complete.
+    A complete sentence has the number, colour and shape of everything ("red circle" means one). Only a sentence that is
+    true and complete has no `problems`.
     """
 
     true: bool
@@ -93,18 +82,15 @@ def describe(scene: Scene, n: int = 5, seed: int = 0) -> list[str]:
     """Generate `n` different sentences of 4 to 16 words, each true and complete; a function of its arguments.
 
     They differ in the order of the groups, in openers, articles, sizes, places and relations. Places and relations are
-    used only where they are visually clear; `check` accepts slightly more.
-
-    Raises:
-        UserError: the scene has fewer than `n` sentences (every scene of `scene` has at least 6).
+    used only where they are visually clear; `check` accepts slightly more. Every scene of `scene` has at least 6
+    sentences; if there are fewer than `n`, this raises a `UserError`.
     """
     rng = Random(f"{seed}/{scene!r}")
-    groups = scene.groups()
     sentences: dict[str, None] = {}
     for _ in range(60 * (n + 1)):
         if len(sentences) == n:
             break
-        sentence = _sentence(rng, groups)
+        sentence = _sentence(rng, scene.groups())
         if 4 <= len(sentence.split()) <= 16:
             sentences[sentence] = None
     if len(sentences) < n:
@@ -113,11 +99,10 @@ def describe(scene: Scene, n: int = 5, seed: int = 0) -> list[str]:
 
 
 def check(sentence: str, scene: Scene) -> Verdict:
-    """Check a sentence of the grammar, generated or written; capitals and a final period are ignored.
+    """Check a sentence, generated or written; capitals and a final period are ignored. What does not parse is false.
 
     A mention must match a group of the scene with its exact number. "left of" must hold for all things of both groups
-    and must not be mainly vertical. A place after a mention is that group's place. A sentence that does not parse is
-    false.
+    and must not be mainly vertical. A place after a mention is that group's place.
     """
     try:
         mentions, links = _Parser(sentence).parse()
@@ -172,27 +157,26 @@ def _sentence(rng: Random, groups: Sequence[Sequence[Thing]]) -> str:
         groups.reverse()
     names = [_name(rng, group, number) for group in groups]
     relations = [r for r in RELATIONS if len(groups) == 2 and related(groups[0], r, groups[1], clearly=True)]
+    verb = "is" if len(groups[0]) == 1 else "are"
     if not (relations and relate):
-        places = [_clear_place(rng, group) if rng.random() < 0.35 else "" for group in groups]
+        places = [_clear_place(rng, group, 0.35) for group in groups]
         if number and places[0] and rng.random() < 0.2:
-            return " and ".join([f"{places[0]} {_verb(groups[0])} {names[0]}", *names[1:]])
+            return " and ".join([f"{places[0]} {verb} {names[0]}", *names[1:]])
         body = " and ".join(f"{name} {place}".strip() for name, place in zip(names, places, strict=True))
     else:
         relation = pick(rng, relations)
         if number and rng.random() < 0.12:
-            return f"{relation} {names[1]} {_verb(groups[0])} {names[0]}"
-        place = _clear_place(rng, groups[1]) if rng.random() < 0.15 else ""
-        body = f"{names[0]} {relation} {names[1]} {place}".strip()
+            return f"{relation} {names[1]} {verb} {names[0]}"
+        body = f"{names[0]} {relation} {names[1]} {_clear_place(rng, groups[1], 0.15)}".strip()
     if not number or rng.random() < 0.6:
         return body
     opener = pick(rng, OPENERS)
-    return f"{opener} {body}" if opener.endswith("of") else f"{opener} {_verb(groups[0])} {body}"
+    return f"{opener} {body}" if opener.endswith("of") else f"{opener} {verb} {body}"
 
 
 def _name(rng: Random, group: Sequence[Thing], number: str) -> str:
-    thing = group[0]
-    words = [thing.size] if rng.random() < 0.8 else []
-    words += [thing.color, thing.shape if len(group) == 1 else f"{thing.shape}s"]
+    words = [group[0].size] if rng.random() < 0.8 else []
+    words += [group[0].color, _noun(group)]
     if len(group) > 1:
         number = {2: "two", 3: "three"}[len(group)]
     elif number == "a":
@@ -200,13 +184,15 @@ def _name(rng: Random, group: Sequence[Thing], number: str) -> str:
     return " ".join([number, *words]).strip()
 
 
-def _clear_place(rng: Random, group: Sequence[Thing]) -> str:
+def _noun(group: Sequence[Thing]) -> str:
+    return group[0].shape if len(group) == 1 else f"{group[0].shape}s"
+
+
+def _clear_place(rng: Random, group: Sequence[Thing], probability: float) -> str:
+    if rng.random() >= probability:
+        return ""
     places = [place for place in PLACES if _placed(group, place, clearly=True)]
     return pick(rng, places) if places else ""
-
-
-def _verb(group: Sequence[Thing]) -> str:
-    return "is" if len(group) == 1 else "are"
 
 
 def _article(word: str) -> str:
@@ -228,6 +214,9 @@ class _Mention:
     place: str | None
 
 
+_Link = tuple[int, str, int]  # (i, relation, j): "mention i is left of mention j"
+
+
 class _GrammarError(Exception):
     pass
 
@@ -239,8 +228,7 @@ class _Parser:
         self.words = sentence.strip().lower().removesuffix(".").split()
         self.at = 0
 
-    def parse(self) -> tuple[list[_Mention], list[tuple[int, str, int]]]:
-        """Return the mentions, and links (i, relation, j): "mention i is left of mention j"."""
+    def parse(self) -> tuple[list[_Mention], list[_Link]]:
         if relation := self.one_of(RELATIONS):
             other, verb = self.mention(), self.verb()
             mentions, links = [self.mention(), other], [(0, relation, 1)]
@@ -294,10 +282,7 @@ class _Parser:
 
 
 def _verdict(
-    mentions: list[_Mention],
-    links: list[tuple[int, str, int]],
-    chosen: Sequence[Sequence[Thing]],
-    groups: list[tuple[Thing, ...]],
+    mentions: list[_Mention], links: list[_Link], chosen: Sequence[Sequence[Thing]], groups: Sequence[Sequence[Thing]]
 ) -> Verdict:
     """Return the verdict if mention i means the group `chosen[i]`."""
     wrong, vague, named = [], [], []
@@ -323,5 +308,4 @@ def _verdict(
 
 def _name_of(group: Sequence[Thing]) -> str:
     number = "the" if len(group) == 1 else f"the {len(group)}"
-    noun = group[0].shape if len(group) == 1 else f"{group[0].shape}s"
-    return f"{number} {group[0].size} {group[0].color} {noun}"
+    return f"{number} {group[0].size} {group[0].color} {_noun(group)}"

@@ -44,9 +44,6 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     A scene has one or two groups, at most one of them of two equal things. Nothing overlaps or touches the border, and
     at least one relation between two groups is clear. `train`, `val` and `test` never contain a (color, shape) pair of
     `HELD_OUT`; every scene of `unseen` contains one.
-
-    Raises:
-        UserError: there is no such split.
     """
     if split not in SPLITS:
         raise UserError(f"the synthetic data has no split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -65,21 +62,14 @@ def scene(index: int, seed: int = 0, split: str = "train") -> Scene:
     background = pick(rng, BACKGROUNDS)
     while True:
         centers = _scatter(rng, [radius for *_, radius in kinds])
-        things = tuple(
-            Thing(shape, color, size, x, y, radius)
-            for (shape, color, size, radius), (x, y) in zip(kinds, centers, strict=True)
-        )
+        things = tuple(Thing(*kind, x, y, radius) for (*kind, radius), (x, y) in zip(kinds, centers, strict=True))
         first, second = things[: counts[0]], things[counts[0] :]
         if not second or any(related(first, relation, second, clearly=True) for relation in RELATIONS):
             return Scene(things, background)
 
 
 def draw(scene: Scene, size: int = 64) -> np.ndarray:
-    """Draw a scene at any resolution, antialiased: (size, size, 3) uint8 RGB.
-
-    Raises:
-        UserError: `size` is below `MIN_SIZE`, where shapes are not distinguishable.
-    """
+    """Draw a scene at any resolution from `MIN_SIZE` on, antialiased: (size, size, 3) uint8 RGB."""
     if size < MIN_SIZE:
         raise UserError(f"a synthetic image of {size} pixels is too small to show shapes; use {MIN_SIZE} or more")
     canvas = np.empty((size, size, 3), np.float32)
@@ -108,27 +98,21 @@ def export_coco(
 
     folder = Path(folder)
     categories = [{"id": i, "name": shape, "supercategory": "shape"} for i, shape in enumerate(SHAPES, 1)]
-    next_id = 1
-    for split, n in (("train", n_train), ("val", n_val)):
+    for split, n, first_id in (("train", n_train, 1), ("val", n_val, 1 + n_train)):
         images, captions, instances = [], [], []
-        for index in range(n):
+        for i, index in enumerate(range(n), first_id):
             drawn = scene(index, seed, split)
-            image = {"id": next_id, "file_name": f"{next_id:012d}.png", "width": size, "height": size}
-            with atomic_path(folder / f"{split}2017" / image["file_name"]) as path:
+            images.append({"id": i, "file_name": f"{i:012d}.png", "width": size, "height": size})
+            with atomic_path(folder / f"{split}2017" / images[-1]["file_name"]) as path:
                 Image.fromarray(draw(drawn, size)).save(path, format="PNG")
-            for sentence in describe(drawn, seed=seed):
-                captions.append({"id": 10 * next_id + len(captions) % 5, "image_id": next_id, "caption": sentence})
+            for number, sentence in enumerate(describe(drawn, seed=seed)):
+                captions.append({"id": 10 * i + number, "image_id": i, "caption": sentence})
             for number, thing in enumerate(drawn.things):
-                instances.append({"id": 10 * next_id + number, "image_id": next_id, **_instance(thing, size)})
-            images.append(image)
-            next_id += 1
+                instances.append({"id": 10 * i + number, "image_id": i, **_instance(thing, size)})
         about = {"info": {"description": "showtell's synthetic scenes"}, "licenses": [], "images": images}
-        write_json(folder / "annotations" / f"captions_{split}2017.json", {**about, "annotations": captions}, None)
-        write_json(
-            folder / "annotations" / f"instances_{split}2017.json",
-            {**about, "annotations": instances, "categories": categories},
-            None,
-        )
+        objects = {"annotations": instances, "categories": categories}
+        write_json(folder / "annotations" / f"captions_{split}2017.json", about | {"annotations": captions}, None)
+        write_json(folder / "annotations" / f"instances_{split}2017.json", about | objects, None)
 
 
 def _scatter(rng: Random, radii: list[float]) -> list[tuple[float, float]]:
@@ -139,10 +123,8 @@ def _scatter(rng: Random, radii: list[float]) -> list[tuple[float, float]]:
             margin = _EXTENT * radius + _GAP
             for _ in range(12):
                 x, y = (round(margin + (1 - 2 * margin) * rng.random(), 4) for _ in range(2))
-                if all(
-                    math.hypot(x - u, y - v) > _EXTENT * (radius + other) + _GAP
-                    for (u, v), other in zip(centers, radii, strict=False)
-                ):
+                others = zip(centers, radii, strict=False)
+                if all(math.hypot(x - u, y - v) > _EXTENT * (radius + other) + _GAP for (u, v), other in others):
                     centers.append((x, y))
                     break
             else:
@@ -179,9 +161,8 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.nda
 
 def _instance(thing: Thing, size: int) -> dict:
     """Return a COCO object annotation, in pixels."""
-    outline = [
-        ((thing.x + thing.radius * u) * size, (thing.y + thing.radius * v) * size) for u, v in _outline(thing.shape)
-    ]
+    x, y, radius = thing.x, thing.y, thing.radius
+    outline = [((x + radius * u) * size, (y + radius * v) * size) for u, v in _outline(thing.shape)]
     xs, ys = zip(*outline, strict=True)
     area = abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in zip(outline, outline[1:] + outline[:1], strict=True)))
     return {
