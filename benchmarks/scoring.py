@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import os
 import sys
-import time
+import timeit
 from collections.abc import Callable
 
 for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # one core, before numpy is loaded
@@ -42,12 +43,7 @@ def captions(path: str | None) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 
 def seconds(work: Callable[[], object], repeats: int = 3) -> float:
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(timeit.repeat(work, setup=gc.enable, number=1, repeat=repeats))  # timeit alone measures without gc
 
 
 def ours(references: dict[str, list[str]], candidates: dict[str, str]) -> dict[str, float]:
@@ -55,16 +51,17 @@ def ours(references: dict[str, list[str]], candidates: dict[str, str]) -> dict[s
     true = [[ptb(text) for text in group] for group in references.values()]
     written = [ptb(text) for text in candidates.values()]
     scores = metrics.score(references, candidates)
-    return {
+    times = {
         "tokenise": seconds(lambda: [ptb(text) for text in texts]),
         "BLEU": seconds(lambda: metrics.bleu(true, written)),
         "ROUGE-L": seconds(lambda: metrics.rouge_l(true, written)),
         "CIDEr-D": seconds(lambda: metrics.cider_d(true, written)),
         "all four at once": seconds(lambda: metrics.score(references, candidates)),
         "1,000 bootstrap resamples": seconds(lambda: metrics.bootstrap(scores, 1000)),
-    } | {
-        f"{name} tokeniser": seconds(lambda cut=cut: [cut(text) for text in texts]) for name, cut in TOKENIZERS.items()
     }
+    for name, cut in TOKENIZERS.items():
+        times[f"{name} tokeniser"] = seconds(lambda cut=cut: [cut(text) for text in texts])
+    return times
 
 
 def reference(references: dict[str, list[str]], candidates: dict[str, str]) -> dict[str, float]:
@@ -89,15 +86,11 @@ def reference(references: dict[str, list[str]], candidates: dict[str, str]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--captions", metavar="FILE", help="captions of at least 5,000 images, in any form that `showtell score` reads"
-    )
+    parser.add_argument("--captions", metavar="FILE", help="captions of 5,000 images, as `showtell score` reads")
     data = captions(parser.parse_args().captions)
     reason = java_metrics.missing()
     mine, theirs = ours(*data), {} if reason else reference(*data)
-    print(
-        f"{N_IMAGES:,} images, 5 references each; seconds on one core, best of three (the reference: one run, with JVM)"
-    )
+    print(f"{N_IMAGES:,} images, 5 references each; seconds on one core, best of three (the reference: once, with JVM)")
     print(f"{'':28}{'showtell':>10}{'reference':>11}")
     for name, value in mine.items():
         print(f"{name:28}{value:10.2f}{theirs[name]:11.2f}" if name in theirs else f"{name:28}{value:10.2f}{'-':>11}")
