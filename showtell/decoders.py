@@ -77,12 +77,10 @@ class Decoder(nn.Module):
     def sample(
         self, inputs: Tensor, states: State | None = None, max_len: int = 20, start_id: int = 0, end_id: int = 1
     ) -> list[int]:
-        """Generate the caption of one image greedily: `[<start>, words…, <end>]`.
+        """Generate the caption of one image greedily: `[<start>, words…, <end>]`, with `<end>` only if it was reached.
 
-        Args:
-            inputs: `encoder(image)`, `(1, E)` or `(1, 1, E)`; `(1, L, E)` for a decoder that attends.
-            states: the initial state, as `start` returns it; computed from `inputs` by default.
-            max_len: the largest number of words; `<end>` is in the list only if it was reached.
+        `inputs` is `encoder(image)`, `(1, E)` or `(1, 1, E)`, or `(1, L, E)` for a decoder that attends; `states` is an
+        initial state as `start` returns it, computed from `inputs` by default.
         """
         memory, state = self.start(inputs)
         state = state if states is None else states
@@ -101,9 +99,9 @@ def repeat_rows(state: State, k: int) -> State:
 
 
 def _tie(classifier: nn.Linear, embed: nn.Embedding) -> None:
-    if classifier.weight.shape != embed.weight.shape:
-        sizes = f"{embed.embedding_dim} and {classifier.in_features}"
-        raise UserError(f"tie_embeddings needs embed_size == hidden_size, not {sizes}")
+    sizes = embed.embedding_dim, classifier.in_features
+    if sizes[0] != sizes[1]:
+        raise UserError(f"tie_embeddings needs embed_size == hidden_size, not {sizes[0]} and {sizes[1]}")
     nn.init.normal_(embed.weight, std=embed.weight.shape[1] ** -0.5)  # small enough to classify with
     classifier.weight = embed.weight
 
@@ -132,9 +130,8 @@ class _LSTMDecoder(Decoder):
             _tie(self.linear, self.embed)
 
     def step(self, words: Tensor, memory: Tensor | None, state: State) -> tuple[Tensor, State, None]:
-        """Read one word; see `Decoder.step`."""
         outputs, state = self._run(self._inputs(words.unsqueeze(1), memory), state)  # (N, 1, E or 2E) -> (N, 1, H)
-        return self._classify(outputs.squeeze(1)), state, None  # (N, V)
+        return self.linear(self.dropout(outputs.squeeze(1))), state, None  # (N, V)
 
     def _inputs(self, words: Tensor, memory: Tensor | None) -> Tensor:
         return self.embed(words)  # (N, T) -> (N, T, E)
@@ -144,9 +141,6 @@ class _LSTMDecoder(Decoder):
         hidden = None if state is None else tuple(s.transpose(0, 1).contiguous() for s in state)  # (layers, N, H)
         outputs, hidden = self.lstm(self.dropout(inputs), hidden)  # (N, T, H)
         return outputs, tuple(s.transpose(0, 1) for s in hidden)  # (N, layers, H)
-
-    def _classify(self, outputs: Tensor) -> Tensor:
-        return self.linear(self.dropout(outputs))  # (…, H) -> (…, V)
 
 
 class DecoderRNN(_LSTMDecoder):
@@ -164,7 +158,7 @@ class DecoderRNN(_LSTMDecoder):
         (image,) = repeat_rows((self._check(features),), captions.shape[0] // features.shape[0])  # (N, E)
         words = self.embed(captions[:, :-1].clamp(min=0))  # (N, T-1, E)
         outputs, _ = self._run(torch.cat([image.unsqueeze(1), words], 1), None)  # (N, T, E) -> (N, T, H)
-        return self._classify(outputs), None  # (N, T, V)
+        return self.linear(self.dropout(outputs)), None  # (N, T, V)
 
 
 class DecoderEveryStep(_LSTMDecoder):
@@ -184,7 +178,7 @@ class DecoderEveryStep(_LSTMDecoder):
     def teacher_force(self, features: Tensor, captions: Tensor) -> tuple[Tensor, None]:
         """Compute logits `(N, T-1, V)`."""
         outputs, _ = self._run(self._inputs(captions[:, :-1].clamp(min=0), self._check(features)), None)  # (N, T-1, H)
-        return self._classify(outputs), None  # (N, T-1, V)
+        return self.linear(self.dropout(outputs)), None  # (N, T-1, V)
 
     def _inputs(self, words: Tensor, memory: Tensor) -> Tensor:
         (image,) = repeat_rows((memory,), words.shape[0] // memory.shape[0])  # (N, E)
@@ -211,9 +205,9 @@ class Attention(nn.Module):
 class _AttendingDecoder(Decoder):
     """The common part of the two LSTM decoders with attention.
 
-    A subclass defines `_add_layers` (returns the size of the classifier's input), `_embed` (words -> inputs, whatever
-    does not depend on the previous step), `_attend` (one step: the new state, the further arguments of `_classify`,
-    and the attention weights) and `_classify` (-> logits).
+    A subclass defines `_add_layers` (-> size of the classifier's input), `_embed` (words -> inputs, whatever does not
+    depend on the previous step), `_attend` (one step -> state, further arguments of `_classify`, attention weights) and
+    `_classify` (-> logits).
     """
 
     grid = True
@@ -236,7 +230,6 @@ class _AttendingDecoder(Decoder):
             _tie(self.linear, self.embed)
 
     def step(self, words: Tensor, memory: Tensors, state: State) -> tuple[Tensor, State, Tensor]:
-        """Attend and read one word; see `Decoder.step`."""
         inputs = self._embed(words)  # (N, E or 4H)
         state, outputs, alphas = self._attend(inputs, memory, state)
         return self._classify(inputs, *outputs), state, alphas  # (N, V), (N, L)
@@ -400,7 +393,6 @@ class DecoderTransformer(Decoder):
         return memory, tuple(keys[:, :, :0] for keys in memory)  # (B, heads, 0, H/heads): no words yet
 
     def step(self, words: Tensor, memory: Tensors, state: State) -> tuple[Tensor, State, Tensor]:
-        """Read one word; see `Decoder.step`."""
         logits, state, alphas = self._run(words.unsqueeze(1), memory, state)  # (N, 1, V), (N, 1, L)
         return logits.squeeze(1), state, alphas.squeeze(1)  # (N, V), (N, L)
 
