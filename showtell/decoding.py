@@ -129,21 +129,17 @@ def sample(
     """Sample `n` captions per image from the model's distribution, returned in the order drawn.
 
     Args:
-        n: the number of captions per image.
         temperature: below 1 sharpens the distribution, above 1 flattens it.
         top_k: sample from the k most likely words; 0 disables.
         top_p: sample from the smallest set of most likely words with at least this probability (nucleus sampling,
             Holtzman et al. 2020, arXiv 1904.09751); 1 disables.
-        generator: the random generator.
 
     Raises:
         UserError: an argument is out of range.
     """
     if n < 1 or temperature <= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"cannot sample with n={n}, temperature={temperature}, top_k={top_k}, top_p={top_p}; "
-            "give n >= 1, temperature > 0, top_k >= 0 and 0 < top_p <= 1"
-        )
+        given = f"cannot sample with n={n}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
+        raise UserError(f"{given}; give n >= 1, temperature > 0, top_k >= 0 and 0 < top_p <= 1")
 
     def draw(allowed: Tensor) -> Tensor:
         probs = (allowed / temperature).softmax(1)
@@ -201,15 +197,11 @@ def beam_search(
     n_best: int = 1,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
-    """Search for the captions with the highest scores, keeping `beam_size` partial captions per image.
+    """Search for the `n_best` captions per image, best first, keeping `beam_size` (K) partial captions per image.
 
     A finished caption keeps its beam slot. Therefore a beam of 1 gives the captions of `greedy`, and a beam as wide as
     the number of possible captions is an exhaustive search. The search of an image stops early when none of its partial
     captions can reach the scores of the finished ones.
-
-    Args:
-        beam_size: K.
-        n_best: the number of captions to return per image, best first; at most `beam_size`.
 
     Raises:
         UserError: `n_best` is not between 1 and `beam_size`.
@@ -221,9 +213,9 @@ def beam_search(
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
     words = torch.full((b * k,), options.start_id, device=features.device)
-    history = words.new_empty(b, k, 0)  # (B, K, t)
-    word_log_probs = features.new_empty(b, k, 0, dtype=torch.float)
-    attention: Tensor | None = None  # (B, K, t, L)
+    history = words.new_empty(b * k, 0)  # (N, t)
+    word_log_probs = features.new_empty(b * k, 0, dtype=torch.float)
+    attention: Tensor | None = None  # (N, t, L)
     totals = features.new_full((b, k), -math.inf, dtype=torch.float)
     totals[:, 0] = 0.0  # the K beams of an image begin as one
     slots = torch.full((b, 1), k, device=features.device)  # of the beam, not taken by finished captions
@@ -235,37 +227,32 @@ def beam_search(
         logits, state, alpha = decoder.step(words, memory, state)
         log_probs = logits.float().log_softmax(1)
         v = log_probs.shape[1]
-        allowed = options.apply(log_probs, history.flatten(0, 1))
-        scores = (totals.view(-1, 1) + allowed).view(b, k * v)
-        totals, best = scores.topk(k, 1)
-        parents, words = best // v, best % v  # (B, K)
-        rows = (first_row + parents).flatten()
+        scores = (totals.view(-1, 1) + options.apply(log_probs, history)).view(b, k * v)
+        totals, best = scores.topk(k, 1)  # (B, K)
+        rows, words = (first_row + best // v).flatten(), (best % v).flatten()  # (N,): the rows that go on, in new order
         state = tuple(tensor[rows] for tensor in state)
-        history = torch.cat([_reorder(history, parents), words[..., None]], 2)
-        new = log_probs.view(b, k * v).gather(1, best)
-        word_log_probs = torch.cat([_reorder(word_log_probs, parents), new[..., None]], 2)
+        history = torch.cat([history[rows], words[:, None]], 1)
+        word_log_probs = torch.cat([word_log_probs[rows], log_probs[rows, words][:, None]], 1)
         if alphas and alpha is not None:
-            alpha = alpha.view(b, k, 1, -1)
-            attention = _reorder(alpha if attention is None else torch.cat([attention, alpha], 2), parents)
+            alpha = alpha[:, None]  # (N, 1, L)
+            attention = (alpha if attention is None else torch.cat([attention, alpha], 1))[rows]
 
         alive = (rank < slots) & ~totals.isneginf()
-        ended = alive & (words == options.end_id)
+        ended = alive & (words.view(b, k) == options.end_id)
         for i, j in ended.nonzero().tolist():
-            own = word_log_probs[i, j].tolist()
-            view = None if attention is None else attention[i, j, :-1].cpu()
-            finished[i].append(Hypothesis(history[i, j, :-1].tolist(), own, options.score(own), view))
+            row = i * k + j
+            own = word_log_probs[row].tolist()
+            view = None if attention is None else attention[row, :-1].cpu()
+            finished[i].append(Hypothesis(history[row, :-1].tolist(), own, options.score(own), view))
         slots -= ended.sum(1, keepdim=True)
         totals = totals.masked_fill(~alive | ended, -math.inf)
         # A total only falls, so that no partial caption can finish with a higher score than this.
         bounds = (totals.amax(1) / (options.max_len + 1) ** options.length_penalty).tolist()
         for i, bound in enumerate(bounds):
-            if bound > -math.inf and len(finished[i]) >= n_best:
-                reached = sorted(h.score for h in finished[i])[-n_best]
-                if reached >= bound:
-                    totals[i] = -math.inf
+            if len(finished[i]) >= n_best and sorted(h.score for h in finished[i])[-n_best] >= bound:
+                totals[i] = -math.inf
         if totals.isneginf().all():
             break
-        words = words.flatten()
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
 
 
@@ -314,9 +301,3 @@ def require_strategy(strategy: str, n: int = 1, beam_size: int = 1) -> None:
         raise UserError(f"cannot decode with n={n} and beam_size={beam_size}; give whole numbers from 1 up")
     if strategy == "greedy" and n > 1:
         raise UserError(f"greedy decoding gives one caption per image, not {n}; use the strategy beam or sample")
-
-
-def _reorder(beams: Tensor, parents: Tensor) -> Tensor:
-    """Select the beams `(B, K, …)` of each image by `parents` `(B, K)`."""
-    index = parents.view(*parents.shape, *(1,) * (beams.dim() - 2)).expand(-1, -1, *beams.shape[2:])
-    return beams.gather(1, index)
