@@ -33,12 +33,10 @@ class EncoderCNN(nn.Module):
         stride_in_1x1: bool = False,
         batch_norm: bool = False,
     ) -> None:
-        """Build the encoder; `backbone`, `grid`, `weights` and `stride_in_1x1` are those of `Backbone`.
+        """Build an encoder with output size E = `embed_size`; the next four arguments are those of `Backbone`.
 
-        Args:
-            embed_size: E, the size of the encoder's output.
-            batch_norm: whether to add `BatchNorm1d` after the linear layer, as some published captioners do; with a
-                grid, the statistics are over all cells of all images.
+        `batch_norm` adds `BatchNorm1d` after the linear layer, as some published captioners do; with a grid, the
+        statistics are over all cells of all images.
         """
         super().__init__()
         self.backbone = Backbone(backbone, grid, weights, stride_in_1x1)
@@ -64,7 +62,6 @@ class _BatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`(B, E)` or `(B, L, E)` -> the same shape."""
         if inputs.dim() == 3:
             return self(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])  # over (B*L, E)
         if self.training and inputs.shape[0] == 1:
@@ -94,14 +91,11 @@ class CaptionModel(nn.Module):
         self.encoder = EncoderCNN(**config["encoder"], grid=self.decoder.grid, weights=weights)
 
     def forward(self, images: Tensor, captions: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute logits and attention by teacher forcing.
+        """Compute logits, as `Decoder.forward` does, and the attention `(N, T-1, L)` or `None`, by teacher forcing.
 
         Args:
             images: `(B, 3, S, S)`, or the output of `encoder.backbone.frozen_part()` for them, `(B, D)` or `(B, L, C)`.
             captions: `(B, T)`, or `(B, K, T)` with K captions per image, padded with `IGNORE`.
-
-        Returns:
-            Logits as in `Decoder.forward`, N rows, and the attention `(N, T-1, L)` or `None`.
         """
         return self.decoder.teacher_force(self.encoder(images), captions.flatten(0, -2))  # captions (N, T)
 
@@ -131,8 +125,7 @@ def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0)
     targets = captions.flatten(0, -2)[:, 1:]  # (N, T-1)
     real = targets != IGNORE
     log_probs = logits[:, -targets.shape[1] :][real].float().log_softmax(-1)  # (words, V)
-    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).sum()
-    objective = nll
+    objective = nll = -log_probs.gather(1, targets[real].unsqueeze(1)).sum()
     if label_smoothing:
         objective = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1).sum()
     return Loss(objective, nll.detach(), real.sum())
