@@ -40,17 +40,16 @@ class Backbone(nn.Module):
         """Build a backbone by name.
 
         Args:
-            name: a classification network of torchvision (`resnet18` … `resnet152`, `inception_v3`, …), `tiny` for
-                the synthetic images, or `timm/NAME` with the extra `showtell[timm]`.
+            name: a classification network of torchvision, `tiny` for the synthetic images, or `timm/NAME` with the
+                extra `showtell[timm]`.
             grid: whether `forward` returns the grid `(B, L, D)` instead of its mean `(B, D)`.
             weights: `"imagenet"` for the library's weights (downloaded once; if that fails, random weights and a
-                warning), a local file with a torchvision state dict, or `None` for random weights.
-            stride_in_1x1: whether the strides of a ResNet are in the 1x1 convolutions (He et al. 2015, "v1") instead of
-                the 3x3 convolutions, as in torchvision ("v1.5"). Some published weights need it.
+                warning), a file for `load_backbone_weights`, or `None` for random weights.
+            stride_in_1x1: put the strides of a ResNet into the 1x1 convolutions (He et al. 2015, "v1") instead of the
+                3x3 convolutions, as in torchvision ("v1.5"). Some published weights need it.
 
         Raises:
             UserError: the name is unknown, or the weights do not fit the network.
-            MissingFileError: the weights file does not exist.
         """
         super().__init__()
         self.name, self.grid = name, grid
@@ -152,8 +151,7 @@ def _count_channels(net: nn.Module) -> int:
         return net.net.num_features
     state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    image = torch.zeros(1, 3, 224, 224, device="meta")
-    return torch.func.functional_call(net, shapes, (image,)).shape[1]
+    return torch.func.functional_call(net, shapes, torch.zeros(1, 3, 224, 224, device="meta")).shape[1]
 
 
 def _torchvision_maps(name: str) -> nn.Sequential:
@@ -231,10 +229,8 @@ class TinyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, S, S)` -> `(B, 96, S/8, S/8)`."""
-        b, _, height, width = images.shape
-        rows = torch.linspace(-1, 1, height, device=images.device, dtype=images.dtype).view(1, 1, -1, 1)
-        columns = torch.linspace(-1, 1, width, device=images.device, dtype=images.dtype).view(1, 1, 1, -1)
-        place = torch.cat([rows.expand(b, 1, height, width), columns.expand(b, 1, height, width)], 1)
+        axes = [torch.linspace(-1, 1, size, device=images.device, dtype=images.dtype) for size in images.shape[2:]]
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(images), -1, -1, -1)  # (B, 2, S, S)
         inputs = torch.cat([images, place], 1).contiguous(memory_format=torch.channels_last)
         return self.stages(self.patches(inputs))
 
@@ -254,11 +250,8 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
     try:
         state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # no network, a proxy, a broken download: the library raises many kinds
-        warnings.warn(
-            f"could not download the ImageNet weights of {name} ({type(error).__name__}); the encoder is randomly "
-            f"initialised and learns little while frozen; connect to the internet once, or pass a file as weights",
-            stacklevel=4,
-        )
+        problem = f"could not download the ImageNet weights of {name} ({type(error).__name__}): they are random"
+        warnings.warn(f"{problem}; connect to the internet once, or pass a file as weights", stacklevel=4)
     else:
         _load_matching(net, state, name)
 
@@ -282,9 +275,8 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, not a checkpoint, or a pickle that wants to run code
-        raise UserError(
-            f"cannot read {path} as weights ({type(error).__name__}); give a state dict in .safetensors or .pth"
-        ) from error
+        kind = type(error).__name__
+        raise UserError(f"cannot read {path} as weights ({kind}); give a state dict in .safetensors or .pth") from error
     _load_matching(net, state, str(path))
 
 
@@ -297,11 +289,7 @@ def _load_matching(net: nn.Module, state: dict[str, Tensor], source: str) -> Non
     missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [key for key in own if key in state and own[key].shape != state[key].shape]
     if missing or wrong:
-        key = (missing or wrong)[0]
-        raise UserError(
-            f"the weights of {source} belong to another network: {len(missing)} tensors are missing and {len(wrong)} "
-            f"have another shape, {key} first; choose the backbone they were trained with"
-        )
-    net.load_state_dict(
-        {k: state[k].float() if own[k].is_floating_point() else state[k] for k in own if k in state}, False
-    )
+        counts = f"{len(missing)} tensors are missing and {len(wrong)} have another shape, {(missing + wrong)[0]} first"
+        given = f"the weights of {source} belong to another network: {counts}"
+        raise UserError(f"{given}; choose the backbone they were trained with")
+    net.load_state_dict({key: state[key] for key in own if key in state}, strict=False)  # copies to single precision
