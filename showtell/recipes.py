@@ -11,7 +11,6 @@ from showtell.errors import UserError
 from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 
 if typing.TYPE_CHECKING:
-    from showtell.decoders import Decoder
     from showtell.transforms import Transform
 
 _FRACTIONS = ("dropout", "word_dropout", "label_smoothing")
@@ -117,36 +116,23 @@ class Recipe:
         return Transform(resize=self.resize, crop=self.crop, random_crop=self.random_crop, flip=self.flip)
 
     def model_config(self, vocab_size: int) -> dict:
-        """Return the configuration of `CaptionModel`; the decoder gets the settings that its constructor has.
-
-        Raises:
-            UserError: there is no such decoder.
-        """
+        """Return the configuration of `CaptionModel`; the decoder gets the settings that its constructor has."""
         encoder = {"embed_size": self.embed_size, "backbone": self.encoder}
         encoder |= {"stride_in_1x1": self.stride_in_1x1, "batch_norm": self.batch_norm}
         settings = {**self.to_dict(), "vocab_size": vocab_size}
-        decoder = {name: settings[name] for name in _arguments(self._decoder()) if name in settings}
+        decoder = {name: settings[name] for name in _arguments(self.decoder) if name in settings}
         return {"encoder": encoder, "decoder": {"name": self.decoder, **decoder}}
-
-    def _decoder(self) -> type[Decoder]:
-        from showtell.decoders import find_decoder
-
-        return find_decoder(self.decoder)
 
     def inherit_model(self, header: dict) -> Recipe:
         """Return a copy with the architecture, transform, tokeniser and decoding settings of a trained model.
 
         The schedule (epochs, learning rates, batches, fine-tuning, augmentation, …) stays this recipe's. An argument
-        that the model's configuration leaves out has its constructor's default; unknown entries are ignored.
-
-        Args:
-            header: the checkpoint's header, see `showtell.checkpoint.read_header`.
+        that the model's configuration leaves out has its constructor's default; unknown entries are ignored. `header`
+        is what `showtell.checkpoint.read_header` returns.
         """
-        from showtell.decoders import find_decoder
-
         encoder, decoder = (header["model"].get(half, {}) for half in ("encoder", "decoder"))
         found = {"stride_in_1x1": False, "batch_norm": False, **encoder, "encoder": encoder.get("backbone", "resnet50")}
-        found |= {**_arguments(find_decoder(decoder.get("name"))), **decoder, "decoder": decoder.get("name")}
+        found |= {**_arguments(decoder.get("name")), **decoder, "decoder": decoder.get("name")}
         resize, crop = header["transform"].get("resize"), header["transform"].get("crop")
         if isinstance(resize, list):
             found |= {"squash": True, "resize": resize[0]}
@@ -156,28 +142,22 @@ class Recipe:
         recipe = header["meta"].get("recipe")
         if isinstance(recipe, dict):
             found |= {name: recipe[name] for name in ("beam_size", "length_penalty", "max_len") if name in recipe}
-        known = {field.name for field in fields(self)}
-        return self.with_settings({name: value for name, value in found.items() if name in known and value is not None})
+        return self.with_settings({name: found[name] for name in self.to_dict() if found.get(name) is not None})
 
     def unused_settings(self) -> list[str]:
-        """Return a sentence for each setting that differs from its default but has no effect.
-
-        Raises:
-            UserError: there is no such decoder.
-        """
+        """Return a sentence for each setting that differs from its default but has no effect."""
         from showtell.decoders import DECODERS
 
-        tiny, layers, decoder = self.encoder == "tiny", self.layers_to_train(), self._decoder()
-        accepted = _arguments(decoder)
+        tiny, layers, accepted = self.encoder == "tiny", self.layers_to_train(), _arguments(self.decoder)
         reasons = {
             "captions_per_image": "group is length" if self.group == "length" else "",
             "crop": "squash keeps the whole image" if self.squash else "",
             "fine_tune": "the encoder tiny always trains completely" if tiny else "",
             "backbone_lr": "the encoder tiny trains at lr" if tiny else "" if layers else "fine_tune names no layers",
             "weight_decay": "optimizer is adam" if self.optimizer == "adam" else "",
-            "attention_cost": "" if decoder.grid else f"the decoder {self.decoder} does not attend",
+            "attention_cost": "" if DECODERS[self.decoder].grid else f"the decoder {self.decoder} does not attend",
         }
-        for name in set().union(*map(_arguments, DECODERS.values())) - set(accepted):
+        for name in set().union(*map(_arguments, DECODERS)) - accepted.keys():
             reasons[name] = f"the decoder {self.decoder} does not have it"
         return [
             f"{field.name}={getattr(self, field.name)} has no effect: {reasons[field.name]}"
@@ -202,18 +182,17 @@ class Recipe:
             UserError: there is no such setting, or its value has the wrong type or range.
         """
         types = typing.get_type_hints(Recipe)
-        known = {field.name for field in fields(self)}
-        changes = {}
-        for name, value in settings.items():
-            if name not in known:
-                raise UserError(f"a recipe has no setting {name!r}; it has {', '.join(sorted(known))}")
-            changes[name] = _convert(name, value, types[name])
-        return replace(self, **changes)
+        for name in settings:
+            if name not in types:
+                raise UserError(f"a recipe has no setting {name!r}; it has {', '.join(sorted(types))}")
+        return replace(self, **{name: _convert(name, value, types[name]) for name, value in settings.items()})
 
 
-def _arguments(decoder: type[Decoder]) -> dict[str, object]:
-    """Return the names of a constructor's arguments with their defaults, `None` where there is none."""
-    parameters = inspect.signature(decoder).parameters.values()
+def _arguments(decoder: str) -> dict[str, object]:
+    """Return the names of a decoder's constructor arguments with their defaults, `None` where there is none."""
+    from showtell.decoders import find_decoder
+
+    parameters = inspect.signature(find_decoder(decoder)).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters}
 
 
@@ -232,27 +211,23 @@ def _convert(name: str, value: object, kind: type) -> object:
         raise UserError(f"{name}={value!r} is not {what}; give {what}") from None
 
 
+_FLICKR8K = Recipe(resize=224, squash=True, batch_norm=True)  # whole images squashed to a square
 RECIPES: dict[str, Recipe] = {
-    # Show and Tell on Flickr8k's 6,000 photographs, whole images squashed to a square. With batch norm and this rate,
-    # two epochs reach the loss that three and a half reach without.
-    "flickr8k-show-tell": Recipe(resize=224, squash=True, batch_norm=True, lr=1.5e-3, epochs=12),
+    # Show and Tell on Flickr8k's 6,000 photographs. With batch norm and this rate, two epochs reach the loss that three
+    # and a half reach without.
+    "flickr8k-show-tell": replace(_FLICKR8K, lr=1.5e-3, epochs=12),
     # The same with the image as an input at every step.
-    "flickr8k-every-step": Recipe(
-        resize=224, squash=True, batch_norm=True, decoder="every-step", lr=1.5e-3, epochs=12
-    ),
+    "flickr8k-every-step": replace(_FLICKR8K, decoder="every-step", lr=1.5e-3, epochs=12),
     # Show, Attend and Tell; the captions of an image share its grid.
-    "flickr8k-attend": Recipe(
-        resize=224, squash=True, batch_norm=True, decoder="attend", group="image", batch_size=16, attention_cost=1.0,
-        lr=1e-3, warmup=300, epochs=7,
+    "flickr8k-attend": replace(
+        _FLICKR8K, decoder="attend", group="image", batch_size=16, attention_cost=1.0, lr=1e-3, warmup=300, epochs=7,
     ),
     # An attention LSTM and a language LSTM.
-    "flickr8k-top-down": Recipe(
-        resize=224, squash=True, batch_norm=True, decoder="top-down", group="image", batch_size=16, lr=1e-3
-    ),
+    "flickr8k-top-down": replace(_FLICKR8K, decoder="top-down", group="image", batch_size=16, lr=1e-3),
     # A Transformer of two blocks.
-    "flickr8k-transformer": Recipe(
-        resize=224, squash=True, batch_norm=True, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True,
-        group="image", batch_size=16, epochs=6, optimizer="adamw", lr=5e-4, warmup=500, weight_decay=0.01,
+    "flickr8k-transformer": replace(
+        _FLICKR8K, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True, group="image", batch_size=16,
+        epochs=6, optimizer="adamw", lr=5e-4, warmup=500, weight_decay=0.01,
     ),
     # Show and Tell on COCO, center crops.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),
