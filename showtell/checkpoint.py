@@ -78,10 +78,10 @@ def save_checkpoint(
         path: the file, by convention `NAME.safetensors`; its folder is created, and an existing file is replaced.
         model: on any device, in any precision and mode.
         vocab: the vocabulary the model was trained with.
-        transform: the transform of training or evaluation; the latter is stored.
+        transform: of training or evaluation; the latter is stored.
         meta: JSON values about the model's training.
-        half: whether to store matrices and kernels in half precision, in half the space; biases, norms and tensors with
-            values out of its range stay in single precision.
+        half: store matrices and kernels in half precision; biases, norms and tensors with values out of its range stay
+            in single precision.
 
     Raises:
         UserError: the vocabulary does not fit the model, `path` is a folder, or the disk is full.
@@ -91,10 +91,8 @@ def save_checkpoint(
         raise UserError(f"{path} is a folder; give the name of a file in it, such as {path / 'model.safetensors'}")
     vocab_size = model.config["decoder"]["vocab_size"]
     if len(vocab) != vocab_size:
-        raise UserError(
-            f"the vocabulary has {len(vocab)} words and the model was built for {vocab_size}; "
-            "save the model with the vocabulary it was trained with"
-        )
+        given = f"the vocabulary has {len(vocab)} words and the model was built for {vocab_size}"
+        raise UserError(f"{given}; save the model with the vocabulary it was trained with")
     header = {
         "format": FORMAT,
         "model": model.config,
@@ -105,9 +103,9 @@ def save_checkpoint(
     }
     tensors = {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()}
     require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), f"saving {path}")
-    text = json.dumps(header)  # before the file is written: fails on a value that is not JSON
+    metadata = {_KEY: json.dumps(header)}  # before the file is written: fails on a value that is not JSON
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={_KEY: text})
+        save_file(tensors, temporary, metadata=metadata)
 
 
 def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") -> Checkpoint:
@@ -131,10 +129,8 @@ def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") ->
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(path, error) from error
     if len(vocab) != vocab_size:
-        raise UserError(
-            f"{path} holds a vocabulary of {len(vocab)} words and a model for {vocab_size}; "
-            "save it again with the vocabulary it was trained with"
-        )
+        given = f"{path} holds a vocabulary of {len(vocab)} words and a model for {vocab_size}"
+        raise UserError(f"{given}; save it again with the vocabulary it was trained with")
     resize = transform.resize[0] if isinstance(transform.resize, tuple) else transform.resize
     if max(transform.crop or 0, resize or 0) > _MAX_SIDE:
         raise UserError(f"cannot use {path}: its transform makes images of more than {_MAX_SIDE} pixels a side")
@@ -143,22 +139,17 @@ def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") ->
 
 
 def read_header(path: str | PathLike) -> dict:
-    """Read the header of a checkpoint without its tensors, in milliseconds for any size.
+    """Read the header of a checkpoint without its tensors, in milliseconds for any size; raise as `load_checkpoint`.
 
-    Returns:
-        `format`, `model` (the configuration of `CaptionModel`), `vocabulary`, `transform`, `meta` and `versions`.
-
-    Raises:
-        MissingFileError, UserError: as `load_checkpoint` does.
+    It has `format`, `model` (the configuration of `CaptionModel`), `vocabulary`, `transform`, `meta` and `versions`.
     """
     path = Path(path)
     first = _first_bytes(path, "checkpoint", "give a file saved by showtell train")
     if not _is_safetensors(first):
         if first.startswith((b"PK\x03\x04", b"\x80")):
-            raise UserError(
-                f"{path} is a pickle of PyTorch, not a showtell checkpoint; to convert the weights of another project, "
-                f"type {IMPORT_COMMAND}; to continue a stopped run, type showtell train --resume"
-            )
+            given = f"{path} is a pickle of PyTorch, not a showtell checkpoint"
+            remedy = f"{IMPORT_COMMAND} converts other projects' weights, showtell train --resume continues a run"
+            raise UserError(f"{given}; {remedy}")
         raise UserError(f"{path} is not a checkpoint: it is no safetensors file; give a file saved by showtell train")
     try:
         with safe_open(path, framework="pt") as file:
@@ -167,17 +158,11 @@ def read_header(path: str | PathLike) -> dict:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise _damaged(path, error) from error
     if header is None:
-        raise UserError(
-            f"{path} is a safetensors file without showtell's header, perhaps the weights of a backbone; "
-            "give a file saved by showtell train"
-        )
+        given = f"{path} is a safetensors file without showtell's header, perhaps the weights of a backbone"
+        raise UserError(f"{given}; give a file saved by showtell train")
     if not isinstance(header, dict) or not isinstance(header.get("format"), int):
         raise _damaged(path, ValueError("its header has no format number"))
-    if header["format"] > FORMAT:
-        raise UserError(
-            f"{path} has format {header['format']}, and showtell {__version__} reads formats up to {FORMAT}; "
-            "type pip install --upgrade showtell"
-        )
+    _require_known(header["format"], path)
     parts = ("model", "vocabulary", "transform", "meta")
     if missing := [part for part in parts if not isinstance(header.get(part), dict)]:
         raise _damaged(path, ValueError(f"its header has no {', '.join(missing)}"))
@@ -187,40 +172,28 @@ def read_header(path: str | PathLike) -> dict:
 def build_model(config: dict, tensors: dict[str, Tensor], source: str) -> CaptionModel:
     """Build the model of a configuration with the given tensors, in eval mode and single precision.
 
-    Shapes are compared before memory is allocated, so that wrong sizes in a configuration cost nothing.
-
-    Args:
-        config: as `CaptionModel.config`.
-        tensors: by their names in the `state_dict`; a weight that two layers share only by its first name.
-        source: where they came from, for the error messages.
+    Shapes are compared before memory is allocated, so that wrong sizes in a configuration cost nothing. `tensors` are
+    by name as in the `state_dict`, a weight that two layers share only by its first; `source` is for error messages.
 
     Raises:
         UserError: the configuration names something unknown, a tensor is missing, unknown, of another shape, or holds
             values that are not finite.
     """
     own = _own_tensors(_build(config, "meta", len(tensors), source))
-    problems = [
-        (f"{len(names)} {what}, {names[0]} first")
-        for what, names in (
-            ("missing", [name for name in own if name not in tensors]),
-            ("unknown", [name for name in tensors if name not in own]),
-            ("of another shape", [name for name in own if name in tensors and own[name].shape != tensors[name].shape]),
-        )
-        if names
-    ]
-    if problems:
-        raise UserError(
-            f"{source} does not hold the tensors of its model ({'; '.join(problems)}); "
-            "it was altered or not saved completely, so save or fetch it again"
-        )
+    differing = {
+        "missing": [name for name in own if name not in tensors],
+        "unknown": [name for name in tensors if name not in own],
+        "of another shape": [name for name in own if name in tensors and own[name].shape != tensors[name].shape],
+    }
+    if problems := [f"{len(names)} {what}, {names[0]} first" for what, names in differing.items() if names]:
+        given = f"{source} does not hold the tensors of its model ({'; '.join(problems)})"
+        raise UserError(f"{given}; it was altered or not saved completely, so save or fetch it again")
     model = _build(config, "cpu", len(tensors), source)
     model.load_state_dict(tensors, strict=False)  # copies to single precision; a shared weight has one name
     for name, tensor in _own_tensors(model).items():
         if not tensor.sum().isfinite() and not tensor.isfinite().all():  # the sum alone may overflow
-            raise UserError(
-                f"{source}: the weights are damaged: {name} holds values that are not finite; fetch or train the model "
-                "again"
-            )
+            given = f"{source}: the weights are damaged: {name} holds values that are not finite"
+            raise UserError(f"{given}; fetch or train the model again")
     return model.eval()
 
 
@@ -257,10 +230,7 @@ class _Uninitialised(TorchFunctionMode):
 def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> int:
     """Initialise a new model from a checkpoint; embedding and classifier rows are remapped by word.
 
-    Args:
-        model: of the same architecture, except for its vocabulary and dropout.
-        vocab: the new model's vocabulary.
-        path: the checkpoint.
+    The architectures must be the same, except for vocabulary and dropout.
 
     Returns:
         The number of words of the new vocabulary that the checkpoint has too; the others stay randomly initialised.
@@ -272,16 +242,11 @@ def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> 
     for half, built in (("encoder", EncoderCNN), ("decoder", type(model.decoder))):
         parameters = inspect.signature(built).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # of arguments left out
-        ours, theirs = (
-            {**config, **{k: v for k, v in defaults.items() if k not in config}}
-            for config in (model.config[half], other.model.config[half])
-        )
-        for name, value in ours.items():
+        ours, theirs = (config[half] | defaults | config[half] for config in (model.config, other.model.config))
+        for name, value in ours.items():  # in the order of the configuration, and defaults last
             if name not in ("vocab_size", "dropout") and theirs.get(name) != value:
-                raise UserError(
-                    f"{path} was built with {half} {name}={theirs.get(name)} and the new model with {name}={value}; "
-                    "both must have the same architecture, so train with its recipe and settings"
-                )
+                given = f"{path} was built with {half} {name}={theirs.get(name)} and the new model with {name}={value}"
+                raise UserError(f"{given}; both must have the same architecture, so train with its recipe and settings")
     pairs = [(i, other.vocab.word2idx[word]) for word, i in vocab.word2idx.items() if word in other.vocab.word2idx]
     here, there = (torch.tensor(side) for side in zip(*pairs, strict=True))
     word_parameters = {f"decoder.{name}" for name in model.decoder.word_parameters}
@@ -292,22 +257,18 @@ def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> 
         elif own[name].shape == tensor.shape:
             own[name].copy_(tensor)
         else:
-            raise UserError(
-                f"{name} has the shape {tuple(tensor.shape)} in {path} and {tuple(own[name].shape)} in the new model; "
-                f"if it has a row per word, list it in {type(model.decoder).__name__}.word_parameters"
-            )
+            shapes = f"{tuple(tensor.shape)} in {path} and {tuple(own[name].shape)} in the new model"
+            remedy = f"if it has a row per word, list it in {type(model.decoder).__name__}.word_parameters"
+            raise UserError(f"{name} has the shape {shapes}; {remedy}")
     return len(pairs)
 
 
 def save_resume(path: str | PathLike, state: dict) -> None:
     """Write the training state (model, optimiser, generators, position) atomically.
 
-    Args:
-        path: the file.
-        state: dicts, lists and tuples of tensors, numbers, strings and `None`, which can be read back safely.
-
     Raises:
-        UserError: `state` holds something else; the message says where.
+        UserError: `state` holds something besides dicts, lists and tuples of tensors, numbers, strings and `None`,
+            which can be read back safely; the message says where.
     """
     _require_plain(state, "state")
     with atomic_path(path) as temporary:
@@ -325,15 +286,17 @@ def load_resume(path: str | PathLike) -> dict:
     content = read_plain_pickle(path, "training state", "begin a new run without --resume")
     if not isinstance(content, dict) or content.get("format") != _RESUME_FORMAT:
         raise UserError(f"{path} is a file of PyTorch but no training state; give the resume.pt of a run folder")
-    if content["version"] > FORMAT:
-        raise UserError(
-            f"{path} has format {content['version']}, and showtell {__version__} reads formats up to {FORMAT}; "
-            "type pip install --upgrade showtell"
-        )
+    _require_known(content["version"], path)
     state = content["state"]
     if content["version"] < FORMAT:
         state["model"] = _rename(state["model"], content["version"], state["recipe"]["decoder"])
     return state
+
+
+def _require_known(version: int, path: Path) -> None:
+    if version > FORMAT:
+        given = f"{path} has format {version}, and showtell {__version__} reads formats up to {FORMAT}"
+        raise UserError(f"{given}; type pip install --upgrade showtell")
 
 
 def _rename(tensors: dict[str, Tensor], version: int, decoder: str) -> dict[str, Tensor]:
@@ -348,10 +311,7 @@ def _rename(tensors: dict[str, Tensor], version: int, decoder: str) -> dict[str,
 def read_plain_pickle(path: str | PathLike, what: str, remedy: str) -> object:
     """Read tensors and plain containers that `torch.save` wrote; nothing is executed.
 
-    Args:
-        path: the file.
-        what: what the file should be, for the error messages ("encoder").
-        remedy: what to do if it is missing or damaged.
+    Error messages contain `what` (what the file should be, such as "encoder") and `remedy` (what to do about it).
 
     Raises:
         MissingFileError: there is no such file.
@@ -367,13 +327,10 @@ def read_plain_pickle(path: str | PathLike, what: str, remedy: str) -> object:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can fail in any way; nothing was executed
         if named := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds more than plain tensors: it names {named[1].rstrip('.')}, which was not executed; "
-                "in the project that saved it, save the state_dict() alone"
-            ) from None
-        raise UserError(
-            f"{path} is damaged, truncated or no file of PyTorch ({type(error).__name__}); {remedy}"
-        ) from error
+            given = f"{path} holds more than plain tensors: it names {named[1].rstrip('.')}, which was not executed"
+            raise UserError(f"{given}; in the project that saved it, save the state_dict() alone") from None
+        given = f"{path} is damaged, truncated or no file of PyTorch ({type(error).__name__})"
+        raise UserError(f"{given}; {remedy}") from error
 
 
 def _first_bytes(path: Path, what: str, remedy: str) -> bytes:
@@ -422,9 +379,7 @@ def _require_plain(value: object, where: str) -> None:
     elif type(value) in (dict, OrderedDict):
         pairs = [pair for key, item in value.items() for pair in ((where, key), (f"{where}[{key!r}]", item))]
     else:
-        raise UserError(
-            f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back safely; "
-            "use tensors, numbers, strings, and lists or dicts of them"
-        )
+        given = f"{where} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be read back safely"
+        raise UserError(f"{given}; use tensors, numbers, strings, and lists or dicts of them")
     for name, item in pairs:
         _require_plain(item, name)
