@@ -29,6 +29,7 @@ _RESNETS = {
     (True, (3, 4, 23, 3)): "resnet101",
     (True, (3, 8, 36, 3)): "resnet152",
 }
+_NORM = ("weight", "bias", "running_mean", "running_var")
 _BATCH_NORM_EPS = 1e-5  # PyTorch's default, which all of them use
 _Linear = tuple[Tensor, Tensor]  # weight (out, in) and bias (out,)
 
@@ -45,11 +46,9 @@ def import_legacy(
     from `nn.DataParallel` are read too. No pickle is executed.
 
     Args:
-        encoder_path: the encoder's state dict.
-        decoder_path: the decoder's state dict.
-        vocab_path: the vocabulary, a pickled `Vocabulary` object.
-        transform: the model's image transform, which the files do not hold. Most repositories train on crops of 224
-            pixels.
+        encoder_path, decoder_path: state dicts.
+        vocab_path: a pickled `Vocabulary` object.
+        transform: the image transform, which the files do not hold. Most repositories train on crops of 224 pixels.
 
     Raises:
         MissingFileError: a file does not exist.
@@ -59,15 +58,11 @@ def import_legacy(
     backbone, net, (weight, bias) = _read_encoder(_state_dict(encoder_path, "encoder"), encoder_path)
     decoder, sizes = _read_decoder(_state_dict(decoder_path, "decoder"), decoder_path)
     if sizes["vocab_size"] != len(vocab):
-        raise UserError(
-            f"{vocab_path} has {len(vocab)} words and {decoder_path} was trained with {sizes['vocab_size']}; "
-            "give the vocabulary of the same training run"
-        )
+        given = f"{vocab_path} has {len(vocab)} words and {decoder_path} was trained with {sizes['vocab_size']}"
+        raise UserError(f"{given}; give the vocabulary of the same training run")
     if sizes["embed_size"] != len(bias):
-        raise UserError(
-            f"{encoder_path} gives {len(bias)} features per image and {decoder_path} takes {sizes['embed_size']}; "
-            "give the encoder and decoder of the same training run"
-        )
+        given = f"{encoder_path} gives {len(bias)} features per image and {decoder_path} takes {sizes['embed_size']}"
+        raise UserError(f"{given}; give the encoder and decoder of the same training run")
     tensors = {f"encoder.backbone.net.{name}": tensor for name, tensor in net.items()}
     tensors |= {"encoder.embed.weight": weight, "encoder.embed.bias": bias}
     tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.items()}
@@ -85,18 +80,13 @@ def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 
 
     The first two are state dicts with the keys `resnet.*` and `embed.*`, and `embed.*`, `lstm.*` and `linear.*`. A
     batch norm after the encoder's linear layer is folded into it. The vocabulary is plain lists, as `Vocabulary.save`
-    writes it. The files do not hold the image transform.
-
-    Args:
-        checkpoint: a Show and Tell model on a torchvision ResNet.
-        folder: the output folder, created if necessary.
-        number: N, the epoch in other repositories.
+    writes it. The files do not hold the image transform. N is the epoch in other repositories.
 
     Returns:
         The paths of encoder, decoder and vocabulary.
 
     Raises:
-        UserError: the files have no place for such a model; the message says why.
+        UserError: the model is not Show and Tell on a torchvision ResNet, for which alone the files have a place.
     """
     config, model = checkpoint.model.config, checkpoint.model
     decoder, backbone = config["decoder"]["name"], model.encoder.backbone.name
@@ -161,24 +151,20 @@ def _read_encoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[str, 
     blocks = tuple(len({key.split(".")[1] for key in net if key.startswith(f"layer{i}.")}) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in net
     if (bottleneck, blocks) not in _RESNETS:
-        raise UserError(
-            f"{path} has a ResNet of {blocks} blocks, which torchvision does not have; give one of "
-            f"{', '.join(_RESNETS.values())}"
-        )
+        given = f"{path} has a ResNet of {blocks} blocks, which torchvision does not have"
+        raise UserError(f"{given}; give one of {', '.join(_RESNETS.values())}")
     feature_size = 2048 if bottleneck else 512
-    heads = [stem for stem, weight in _matrices(rest).items() if weight.shape[1] == feature_size]
-    heads = [stem for stem in heads if f"{stem}bias" in rest]
-    if not heads:
-        raise UserError(
-            f"{path} lacks the linear layer from the ResNet's {feature_size} features to the embedding; "
-            "save the state_dict() of the whole encoder"
-        )
-    used = {f"{heads[0]}weight", f"{heads[0]}bias"}
-    head = (rest[f"{heads[0]}weight"], rest[f"{heads[0]}bias"])
+    layers = _matrices(rest).items()
+    linear = next((stem for stem, w in layers if w.shape[1] == feature_size and f"{stem}bias" in rest), None)
+    if linear is None:
+        given = f"{path} lacks the linear layer from the ResNet's {feature_size} features to the embedding"
+        raise UserError(f"{given}; save the state_dict() of the whole encoder")
+    used = {f"{linear}weight", f"{linear}bias"}
+    head = (rest[f"{linear}weight"], rest[f"{linear}bias"])
     for norm in [key.removesuffix("running_mean") for key in rest if key.endswith("running_mean")][:1]:
-        parts = [f"{norm}{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+        parts = [f"{norm}{name}" for name in _NORM]
         if all(part in rest and rest[part].shape == head[1].shape for part in parts):
-            head = _fold(rest, heads[0], norm)
+            head = _fold(rest, linear, norm)
             used |= {*parts, f"{norm}num_batches_tracked"}
     _refuse_others(rest, used, path, "a ResNet, a linear layer and a batch norm")
     return _RESNETS[bottleneck, blocks], net, head
@@ -205,16 +191,14 @@ def _read_decoder(state: dict[str, Tensor], path: str | PathLike) -> tuple[dict[
     classifier = next((stem for stem in classifiers if matrices[stem].shape[0] == vocab_size), classifiers[0])
     rows, hidden_size = matrices[classifier].shape
     if rows != vocab_size:
-        raise UserError(
-            f"{path} has an embedding of {vocab_size} words and a classifier of {rows}; they must agree to be imported"
-        )
+        given = f"{path} has an embedding of {vocab_size} words and a classifier of {rows}"
+        raise UserError(f"{given}; they must agree to be imported")
     layers = sum(key.startswith(f"{lstm}weight_ih_l") and not key.endswith("_reverse") for key in state)
     gates, inputs = state[f"{lstm}weight_ih_l0"].shape
     if (gates, inputs) != (4 * hidden_size, embed_size):
-        raise UserError(
-            f"{path} has a recurrent layer of shape {gates} x {inputs}, where the LSTM of Show and Tell has "
-            f"{4 * hidden_size} x {embed_size}; only Show and Tell decoders can be imported"
-        )
+        expected = f"where the LSTM of Show and Tell has {4 * hidden_size} x {embed_size}"
+        given = f"{path} has a recurrent layer of shape {gates} x {inputs}, {expected}"
+        raise UserError(f"{given}; only Show and Tell decoders can be imported")
     names = [f"{kind}_{way}_l{i}" for i in range(layers) for kind in ("weight", "bias") for way in ("ih", "hh")]
     renamed = {f"{embeds[0]}weight": "embed.weight"}
     renamed |= {f"{classifier}{name}": f"linear.{name}" for name in ("weight", "bias")}
@@ -236,9 +220,7 @@ def _matrices(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fold(state: dict[str, Tensor], linear: str, norm: str) -> _Linear:
     """Fold a batch norm into the linear layer before it."""
     weight, bias = (state[f"{linear}{name}"].double() for name in ("weight", "bias"))
-    gain, offset, mean, variance = (
-        state[f"{norm}{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
-    )
+    gain, offset, mean, variance = (state[f"{norm}{name}"].double() for name in _NORM)
     scale = gain / (variance + _BATCH_NORM_EPS).sqrt()
     return (weight * scale[:, None]).float(), ((bias - mean) * scale + offset).float()
 
