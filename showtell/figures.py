@@ -97,11 +97,10 @@ class Curve(Chart):
     def points(self) -> dict[str, list[Point]]:
         """Return the lines that have points to draw."""
         lowest = 1e-100 if self.log_y else -1e100
-        lines = (
-            (name, [(float(x), float(y)) for x, y in line if abs(x) < 1e100 and lowest < y < 1e100])
-            for name, line in self.series.items()
-        )
-        return {name: line for name, line in lines if line}
+        lines = {}
+        for name, line in self.series.items():
+            lines[name] = [(float(x), float(y)) for x, y in line if abs(x) < 1e100 and lowest < y < 1e100]
+        return {name: line for name, line in lines.items() if line}
 
     def alt(self) -> str:
         lines = self.points().items()
@@ -130,9 +129,8 @@ class Curve(Chart):
 class Histogram(Chart):
     """How often each value occurs, such as caption lengths.
 
-    `values` is a sequence of numbers, or a mapping from number to count, or a mapping from a name to either: several
-    named series are drawn side by side, as shares, because their totals differ. Whole numbers in a span of less than
-    40 get a bar each; other values are put in bins.
+    `values` is a sequence of numbers, a mapping from number to count, or a mapping from a name to either: named series
+    are drawn side by side, as shares. Whole numbers in a span of less than 40 get a bar each; others are put in bins.
     """
 
     title: str
@@ -212,11 +210,7 @@ def write_curve(
     y_label: str = "loss",
     log_y: bool = False,
 ) -> Path:
-    """Write a training curve as a PNG and return its path.
-
-    `series` maps a name for each line to its (x, y) points; or it is several `Curve`s, drawn side by side (loss,
-    perplexity), which bring their own titles and labels.
-    """
+    """Write a training curve as a PNG and return its path; `series` as in `Curve`, or several `Curve`s side by side."""
     curves = [Curve(title, series, x_label, y_label, log_y=log_y)] if isinstance(series, Mapping) else list(series)
     with _style():
         figure = _figure(500 * len(curves), 300)
@@ -232,10 +226,7 @@ def write_figure(
     """Write a PNG of captioned images (`showtell.report.Card`s), with a training curve under them; return its path.
 
     Each image has its first true caption above and the predicted one below. A wrong one is framed and written in red,
-    with the first reason.
-
-    Raises:
-        BrokenImageError: a card's image cannot be read.
+    with the first reason. An image that cannot be read raises `BrokenImageError`.
     """
     columns = max(1, min(columns, len(cards)))
     texts = [_card_texts(card) for card in cards]
@@ -312,7 +303,7 @@ def _dress(axes: Any, drawn: Mapping[str, Any], x_label: str = "", y_label: str 
         axes.text(0.5, 0.5, "nothing to draw yet", ha="center", transform=axes.transAxes, color=LIGHT["muted"])
     elif names := [clipped(name, 30) for name in drawn if name]:
         place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0}
-        handles = [handle for name, handle in drawn.items() if name]
+        handles = [drawn[name] for name in drawn if name]
         legend = axes.legend(handles, range(len(names)), ncols=max(1, 64 // (6 + max(map(len, names)))), **place)
         for text, name in zip(legend.get_texts(), names, strict=True):
             text.set_text(name)  # afterwards, because older versions leave out labels that begin with "_"
