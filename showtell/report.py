@@ -52,16 +52,13 @@ class Card:
     """One captioned image.
 
     Attributes:
-        image: anything `showtell.transforms.read_image` reads (a path, bytes, a PIL image, an array, a uint8 tensor of
-            shape (3, H, W)), or None where there is no image.
+        image: anything `showtell.transforms.read_image` reads, or None where there is no image.
         title: the image's id or file name.
-        predicted: the caption the model generated.
         references: the true captions.
         pieces: `predicted` cut into its words, each with the space before it (`Caption.pieces`).
-        word_probs: their probabilities, 0 to 1, one for each of `pieces`.
+        word_probs: the probability of each of `pieces`, 0 to 1.
         score: how good the caption is, higher being better; cards are sorted by it.
-        ok: whether the caption is right, or None where that is unknown.
-        notes: the reasons why it is right or wrong.
+        ok: whether the caption is right, or None where that is unknown. notes: the reasons.
         alternatives: further predicted captions, such as the rest of an n-best list.
     """
 
@@ -155,9 +152,7 @@ def write_page(
     """Write one HTML file that opens anywhere, offline, in light or dark mode; return its path.
 
     Args:
-        path: the file to write; its folder is made.
-        title: the page's heading.
-        summary: a sentence or two under it.
+        summary: a sentence or two under the title.
         tiles: key numbers, each `(label, value)` or `(label, value, hint)`.
         sections: what the page shows, in order; charts and narrow tables stand side by side where there is room.
 
@@ -205,13 +200,11 @@ def _data_uri(image: Any, side: int = 160) -> str:
     """Return a thumbnail as a URI: JPEG, or PNG where that is the smaller, as it is for drawings."""
     thumbnail = Image.fromarray(pixels(image))
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
-    files = {}
-    for kind, options in (("jpeg", {"quality": 82}), ("png", {})):
-        file = io.BytesIO()
-        thumbnail.save(file, kind, **options)
-        files[kind] = file.getvalue()
-    kind = min(files, key=lambda kind: len(files[kind]))
-    return f"data:image/{kind};base64,{base64.b64encode(files[kind]).decode()}"
+    files = {"jpeg": io.BytesIO(), "png": io.BytesIO()}
+    for kind, file in files.items():
+        thumbnail.save(file, kind, quality=82)  # PNG has no quality and ignores it
+    kind = min(files, key=lambda kind: files[kind].getbuffer().nbytes)
+    return f"data:image/{kind};base64,{base64.b64encode(files[kind].getvalue()).decode()}"
 
 
 def _sha256(script: str) -> str:
