@@ -31,17 +31,14 @@ def write_results(
     """Write one self-contained page: scores with intervals, best and worst images, health, lengths and words.
 
     Args:
-        path: the file.
-        result: scores and captions of one system.
         references: the true captions of each image.
         image: from an image id to anything `showtell.transforms.read_image` reads, or to None.
         about: one line that says what was scored.
         tiles: key numbers besides the scores.
         captions: the `showtell.captioner.Caption` of each image, if known, for the word probabilities.
     """
-    scores = result.scores
-    cider = dict(zip(scores.ids, scores.per_image["CIDEr"].tolist(), strict=True))
-    rouge = dict(zip(scores.ids, scores.per_image["ROUGE_L"].tolist(), strict=True))
+    scores, per_image = result.scores, result.scores.per_image
+    cider, rouge = (dict(zip(scores.ids, per_image[name].tolist(), strict=True)) for name in ("CIDEr", "ROUGE_L"))
     order = sorted(cider, key=cider.__getitem__, reverse=True)
 
     def card(i: str) -> Card:
@@ -75,11 +72,9 @@ def write_results(
 
 
 def image_finder(folder: str | os.PathLike, references: str | os.PathLike) -> Callable[[str], Path | None]:
-    """Return a function from image ids to files of a folder, found by COCO's annotations, name, or number in the name.
+    """Return a function from image ids to files of a folder, of any depth, by name or by number in the name.
 
-    Args:
-        folder: the images, in any depth.
-        references: the file of references; the `images` of COCO annotations map ids to file names.
+    If `references` is a file of COCO annotations, its `images` map ids to file names too.
 
     Raises:
         MissingFileError: there is no such folder.
