@@ -154,14 +154,9 @@ def sample(
 
 
 def _roll_out(
-    decoder: Decoder,
-    features: Tensor,
-    k: int,
-    options: DecodingOptions,
-    choose: Callable[[Tensor], Tensor],
-    keep_alphas: bool,
+    decoder: Decoder, features: Tensor, k: int, options: DecodingOptions, choose: Callable, keep_alphas: bool
 ) -> list[list[Hypothesis]]:
-    """Generate k independent captions per image; `choose` selects a word for every row."""
+    """Generate k independent captions per image; `choose` takes log-probabilities `(N, V)` and returns words `(N,)`."""
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
     n = features.shape[0] * k
