@@ -250,8 +250,9 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
     try:
         state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # no network, a proxy, a broken download: the library raises many kinds
-        problem = f"could not download the ImageNet weights of {name} ({type(error).__name__}): they are random"
-        warnings.warn(f"{problem}; connect to the internet once, or pass a file as weights", stacklevel=4)
+        problem = f"could not download the ImageNet weights of {name} ({type(error).__name__})"
+        effect = "the encoder is randomly initialised and learns little while frozen"
+        warnings.warn(f"{problem}; {effect}; connect to the internet once, or pass a file as weights", stacklevel=4)
     else:
         _load_matching(net, state, name)
 
