@@ -38,10 +38,10 @@ def torchvisions(name: str) -> nn.Module:
 @torch.no_grad()
 def settle(net: nn.Module, images: torch.Tensor) -> None:
     """Gives batch norm the statistics of these images; a deep network of random weights is nearly silent without."""
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.train()
-        norm.momentum = 1.0
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train()
+            module.momentum = 1.0
     net(images)
     net.eval()
 
@@ -51,12 +51,9 @@ def frozen():
     return Backbone("resnet18", weights=None)
 
 
-# ---- The same network as torchvision's ---------------------------------------------------------------------------
-
-
 def finish(net: nn.Module, name: str, vector: torch.Tensor, grid: torch.Tensor) -> torch.Tensor:
     """Class scores from the backbone's features, by the network's own last layers."""
-    if name.startswith(("resnet", "inception", "shufflenet", "regnet", "wide", "resnext", "googlenet")):
+    if hasattr(net, "fc"):
         return net.fc(vector)
     if name.startswith("squeezenet"):
         side = int(grid.shape[1] ** 0.5)
@@ -84,28 +81,13 @@ def assert_same_network(name: str, size: int, weights_file) -> None:
     assert error < 1e-3 * expected.std(0).max()  # far less than images differ by
 
 
-QUICK = {
-    "resnet18": 64,
-    "mobilenet_v2": 64,
-    "mobilenet_v3_small": 64,
-    "densenet121": 64,
-    "shufflenet_v2_x0_5": 64,
-    "squeezenet1_1": 64,
-}
+QUICK = "resnet18 mobilenet_v2 mobilenet_v3_small densenet121 shufflenet_v2_x0_5 squeezenet1_1".split()
+LARGE = """resnet50 resnet152 resnext50_32x4d inception_v3 googlenet densenet201 regnet_y_400mf mnasnet0_5
+    efficientnet_b0 efficientnet_v2_s convnext_tiny swin_t swin_v2_t""".split()
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
 def test_features_through_the_last_layers_are_torchvisions_scores(name, tmp_path):
-    assert_same_network(name, QUICK[name], tmp_path / "weights.pth")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    """resnet50 resnet152 resnext50_32x4d inception_v3 googlenet densenet201 regnet_y_400mf mnasnet0_5
-    efficientnet_b0 efficientnet_v2_s convnext_tiny swin_t swin_v2_t""".split(),
-)
-def test_features_of_larger_networks_are_torchvisions_too(name, tmp_path):
     assert_same_network(name, 96 if name in ("inception_v3", "googlenet") else 64, tmp_path / "weights.pth")
 
 
@@ -123,11 +105,10 @@ def test_every_classification_network_of_torchvision_is_a_backbone(name, monkeyp
     with torch.device("meta"):  # shapes without numbers, so that the largest ones cost nothing
         vector, grid = Backbone(name, weights=None), Backbone(name, grid=True, weights=None)
         images = torch.zeros(2, 3, 224, 224)
-        cells = grid(images)
-        assert cells.dim() == 3
-        assert cells.shape[0] == 2
-        assert cells.shape[1] >= 25
-        assert vector(images).shape == (2, vector.feature_size) == (2, cells.shape[2])
+        rows, n_cells, channels = grid(images).shape
+        assert rows == 2
+        assert n_cells >= 25
+        assert vector(images).shape == (2, vector.feature_size) == (2, channels)
         whole = torchvisions(name)
     own, all_of_them = grid.net.state_dict(), whole.state_dict()
     assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in all_of_them.items() if k in own}
@@ -161,15 +142,8 @@ def test_tiny_is_the_same_function_in_training_and_evaluation_and_knows_places()
     assert net(flat)[0].flatten(1).std(1).max() > 1e-3  # one colour everywhere, and yet the cells differ
 
 
-# ---- Frozen means frozen -----------------------------------------------------------------------------------------
-
-
 def state_of(module: nn.Module) -> dict:
     return {key: value.clone() for key, value in module.state_dict().items()}
-
-
-def assert_same_state(module: nn.Module, state: dict) -> None:
-    assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
 
 
 def test_a_frozen_backbone_neither_learns_nor_drifts(frozen):
@@ -180,7 +154,7 @@ def test_a_frozen_backbone_neither_learns_nor_drifts(frozen):
         optimizer.zero_grad()
         model(some_images(4) * 3 + 1).square().sum().backward()
         optimizer.step()
-    assert_same_state(frozen, before)
+    assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
     assert all(parameter.grad is None for parameter in frozen.parameters())
     assert not frozen(some_images()).requires_grad
     assert not any(module.training for module in frozen.net.modules())
@@ -191,12 +165,10 @@ def test_fine_tuning_trains_what_is_named_and_batch_norm_stays_put(frozen):
     frozen.train()
     assert not any(module.training for module in frozen.modules())
     before = state_of(frozen)
-    chosen = [p for p in frozen.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(chosen, lr=0.1)
+    optimizer = torch.optim.SGD([p for p in frozen.parameters() if p.requires_grad], lr=0.1)
     frozen(some_images(4)).square().sum().backward()
     optimizer.step()
-    after = state_of(frozen)
-    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    changed = {key for key, value in frozen.state_dict().items() if not torch.equal(before[key], value)}
     assert changed
     assert all(key.startswith("net.layer4.") for key in changed)
     assert not any(part in key for key in changed for part in ("running_", "num_batches"))
@@ -263,33 +235,24 @@ def test_the_frozen_part_of_a_frozen_backbone_is_all_of_it_and_of_a_trained_one_
     assert frozen.forward_from_frozen(features) is features
     frozen.fine_tune("")
     assert frozen.frozen_part() is None
-    tiny = Backbone("tiny", weights=None)
+    tiny = Backbone("tiny", weights=None)  # starts trainable
     assert tiny.frozen_part() is None
     assert tiny.forward_from_frozen(features) is features
+    assert all(parameter.requires_grad for parameter in tiny.parameters())
+    assert tiny(some_images()).requires_grad
 
 
 def test_a_captioners_backbone_serves_as_weights(tmp_path):
     model = CaptionModel(Recipe(encoder="resnet18").model_config(9))
-    path = tmp_path / "captioner.safetensors"
     vocab = Vocabulary([*Vocabulary().word2idx, *"abcdef"], threshold=1)
-    save_checkpoint(path, model, vocab, IMAGENET)
-    again = Backbone("resnet18", weights=path)
+    save_checkpoint(tmp_path / "captioner.safetensors", model, vocab, IMAGENET)
+    again = Backbone("resnet18", weights=tmp_path / "captioner.safetensors")
     torch.testing.assert_close(again.net.state_dict(), model.encoder.backbone.net.state_dict(), rtol=0, atol=0)
 
 
-def test_tiny_starts_trainable():
-    backbone = Backbone("tiny", weights=None)
-    assert all(parameter.requires_grad for parameter in backbone.parameters())
-    assert backbone(some_images()).requires_grad
-
-
-# ---- Names, layouts, weights -------------------------------------------------------------------------------------
-
-
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(
-        UserError, match=r"no backbone 'resnet51'; choose tiny, timm/NAME or one of alexnet, .*resnet50"
-    ):
+    known = "choose tiny, timm/NAME or one of alexnet, .*resnet50"
+    with pytest.raises(UserError, match=f"no backbone 'resnet51'; {known}"):
         Backbone("resnet51", weights=None)
     with pytest.raises(UserError, match="no backbone 'vit_b_16'"):
         Backbone("vit_b_16", weights=None)
@@ -384,9 +347,8 @@ def test_a_file_of_something_else_is_no_weights(tmp_path, value):
 def test_a_failed_download_gives_random_weights_and_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "*")
-    with pytest.warns(
-        UserWarning, match="could not download the ImageNet weights of resnet18 .* or pass a file as weights"
-    ):
+    expected = "could not download the ImageNet weights of resnet18 .* or pass a file as weights"
+    with pytest.warns(UserWarning, match=expected):
         backbone = Backbone("resnet18")
     assert backbone(some_images()).std() > 0
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
@@ -416,9 +378,6 @@ def test_timm_names_need_timm():
         cells = backbone(some_images(2, 224))
         assert cells.dim() == 3
         assert cells.shape[2] == backbone.feature_size
-
-
-# ---- Real weights ------------------------------------------------------------------------------------------------
 
 
 def test_an_imagenet_resnet_knows_a_cat_in_the_published_layout(weights):

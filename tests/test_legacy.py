@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import nn, ones
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -163,17 +163,13 @@ def test_scheme_is_read_at_full_depth(scheme, tmp_path):
     check_scheme(scheme, "resnet152", tmp_path)
 
 
-# ---- A small model for the other tests -----------------------------------------------------------------------------
-
 SMALL = (8, 12, 20)
 
 
 @pytest.fixture
 def files(tmp_path):
     """Paths of `encoder.pkl`, `decoder.pkl` and `vocab.pkl`, and the two state dicts, which a test may alter."""
-    encoder = TheirEncoder(resnet("resnet18"), "embed", "bn", SMALL[0]).state_dict()
-    decoder = TheirDecoder("embed", "lstm", "linear", SMALL).state_dict()
-    return Files(tmp_path, encoder, decoder)
+    return Files(tmp_path, head_of(SMALL[0]), TheirDecoder("embed", "lstm", "linear", SMALL).state_dict())
 
 
 class Files:
@@ -235,16 +231,12 @@ def test_imported_model_becomes_one_of_our_checkpoints(files, tmp_path):
     assert again.vocab == checkpoint.vocab
 
 
-# ---- What is refused, and in which words -------------------------------------------------------------------------
-
-
 def drop(state: dict, part: str) -> None:
     for key in [key for key in state if part in key]:
         del state[key]
 
 
-def both_ways() -> dict:
-    return nn.LSTM(8, 12, batch_first=True, bidirectional=True).state_dict(prefix="lstm.")
+BOTH_WAYS = nn.LSTM(8, 12, batch_first=True, bidirectional=True).state_dict(prefix="lstm.")
 
 
 def head_of(embed_size: int) -> dict:
@@ -258,25 +250,16 @@ def head_of(embed_size: int) -> dict:
         (lambda f: drop(f.decoder, "linear"), r"decoder\.pkl lacks a classifier"),
         (lambda f: drop(f.decoder, "lstm"), r"decoder\.pkl lacks an LSTM"),
         (lambda f: drop(f.decoder, "lstm.bias"), r"2 missing, decoder\.lstm\.bias_ih_l0 first"),
-        (lambda f: f.decoder.update({"init_h.weight": torch.ones(3)}), r"decoder\.pkl holds init_h\.weight besides"),
-        (
-            lambda f: f.decoder.update(both_ways()),
-            r"decoder\.pkl holds lstm\.weight_ih_l0_reverse, .* besides an embedding",
-        ),
-        (
-            lambda f: f.decoder.update({"linear.weight": torch.ones(21, 12)}),
-            r"embedding of 20 words .* classifier of 21",
-        ),
-        (
-            lambda f: f.decoder.update({"lstm.weight_ih_l0": torch.ones(36, 8)}),
-            r"shape 36 x 8, where the LSTM .* 48 x 8",
-        ),
-        (lambda f: f.decoder.update({"lstm.weight_ih_l0": torch.ones(48, 16)}), r"shape 48 x 16"),
+        (lambda f: f.decoder.update({"init_h.weight": ones(3)}), r"decoder\.pkl holds init_h\.weight besides"),
+        (lambda f: f.decoder.update(BOTH_WAYS), r"decoder\.pkl holds lstm\.weight_ih_l0_reverse, .* besides an embed"),
+        (lambda f: f.decoder.update({"linear.weight": ones(21, 12)}), r"embedding of 20 words .* classifier of 21"),
+        (lambda f: f.decoder.update({"lstm.weight_ih_l0": ones(36, 8)}), r"shape 36 x 8, where the LSTM .* 48 x 8"),
+        (lambda f: f.decoder.update({"lstm.weight_ih_l0": ones(48, 16)}), r"shape 48 x 16"),
         (lambda f: drop(f.encoder, "embed"), r"encoder\.pkl lacks the linear layer from the ResNet's 512 features"),
         (lambda f: drop(f.encoder, "resnet.7.1."), r"ResNet of \(2, 2, 2, 1\) blocks.*resnet18"),
         (lambda f: drop(f.encoder, "resnet.7.1.conv2"), r"1 missing, encoder\.backbone\.net\.layer4\.1\.conv2\.weight"),
         (lambda f: drop(f.encoder, "bn.running_var"), r"encoder\.pkl holds bn\.weight.* besides a ResNet"),
-        (lambda f: f.encoder.update({"gate.bias": torch.ones(3)}), r"encoder\.pkl holds gate\.bias besides a ResNet"),
+        (lambda f: f.encoder.update({"gate.bias": ones(3)}), r"encoder\.pkl holds gate\.bias besides a ResNet"),
         (lambda f: f.encoder.update(head_of(9)), r"encoder\.pkl gives 9 features per image and .*decoder\.pkl takes 8"),
         (lambda f: write_vocab(f.paths[2], size=21), r"vocab\.pkl has 21 words and .*decoder\.pkl was trained with 20"),
         (lambda f: f.decoder.update({"epoch": 3}), r"decoder\.pkl holds epoch besides .*decoder\.state_dict\(\) alone"),
@@ -284,10 +267,7 @@ def head_of(embed_size: int) -> dict:
         (lambda f: torch.save({}, f.paths[1]), r"decoder\.pkl holds a dict, not a state dict"),
         (lambda f: f.paths[0].mkdir(), r"encoder\.pkl is a folder, not a state dict of the encoder"),
         (lambda f: f.paths[0].write_bytes(b""), r"encoder\.pkl is empty"),
-        (
-            lambda f: f.paths[0].write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)),
-            r"encoder\.pkl is damaged, truncated or no",
-        ),
+        (lambda f: f.paths[0].write_bytes(b"\x89PNG\r\n" + bytes(99)), r"encoder\.pkl is damaged, truncated or no"),
     ],
 )
 def test_unusable_files_are_refused_with_one_message(files, change, sentence):
@@ -307,20 +287,17 @@ def test_files_in_the_wrong_order_are_refused_with_the_right_one(files):
         import_legacy(encoder, encoder, vocab)
 
 
-def test_a_missing_file_is_named(files, tmp_path):
-    files.read()
-    files.paths[1].unlink()
-    with pytest.raises(MissingFileError, match=r"there is no state dict of the decoder at .*decoder\.pkl"):
-        import_legacy(*files.paths)
-
-
-def test_a_truncated_file_is_refused(files):
+def test_truncated_and_missing_files_are_refused(files):
     files.read()
     content = files.paths[0].read_bytes()
     for kept in (10, 1000, len(content) // 2, len(content) - 40):
         files.paths[0].write_bytes(content[:kept])
         with pytest.raises(UserError, match=r"encoder\.pkl is damaged, truncated"):
             import_legacy(*files.paths)
+    files.paths[0].write_bytes(content)
+    files.paths[1].unlink()
+    with pytest.raises(MissingFileError, match=r"there is no state dict of the decoder at .*decoder\.pkl"):
+        import_legacy(*files.paths)
 
 
 class Hostile:
@@ -350,12 +327,8 @@ def test_a_hostile_vocabulary_executes_nothing(files, tmp_path):
     with pytest.raises(UserError, match=r"mkdir"):
         files.read()
     assert not (tmp_path / "trace").exists()
-
-
-def test_the_hostile_file_would_have_worked(tmp_path):
-    torch.save(Hostile(tmp_path / "trace"), tmp_path / "h.pkl")
-    torch.load(tmp_path / "h.pkl", weights_only=False)
-    assert (tmp_path / "trace").is_dir()
+    pickle.loads(files.paths[2].read_bytes())
+    assert (tmp_path / "trace").is_dir()  # the file was hostile indeed
 
 
 def test_a_whole_module_is_refused_by_name(files):
@@ -364,16 +337,11 @@ def test_a_whole_module_is_refused_by_name(files):
         files.read()
 
 
-# ---- Export ------------------------------------------------------------------------------------------------------
-
-
 def trained(encoder: dict | None = None, decoder: dict | None = None, transform=IMAGENET):
-    config = {
-        "encoder": {"embed_size": 8, "backbone": "resnet18", **(encoder or {})},
-        "decoder": {"name": "show-tell", "embed_size": 8, "hidden_size": 12, "vocab_size": 20, **(decoder or {})},
-    }
+    encoder = {"embed_size": 8, "backbone": "resnet18", **(encoder or {})}
+    decoder = {"name": "show-tell", "embed_size": 8, "hidden_size": 12, "vocab_size": 20, **(decoder or {})}
     vocab = Vocabulary([*CVND, *(f"w{i}" for i in range(17))])
-    return Checkpoint(shake(CaptionModel(config)), vocab, transform)
+    return Checkpoint(shake(CaptionModel({"encoder": encoder, "decoder": decoder})), vocab, transform)
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,7 @@ TRANSFORM = """
 from torchvision import transforms
 
 transform_train = transforms.Compose([
-    transforms.Resize(64),
-    transforms.RandomCrop(56),
-    transforms.RandomHorizontalFlip(),
-    transforms.ToTensor(),
+    transforms.Resize(64), transforms.RandomCrop(56), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
     transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 """
 
@@ -53,13 +50,9 @@ PRELIMINARIES = """
 from data_loader import get_loader
 from vocabulary import Vocabulary
 
-vocab_threshold = 5
-batch_size = 10
-data_loader = get_loader(transform=transform_train,
-                         mode='train',
-                         batch_size=batch_size,
-                         vocab_threshold=vocab_threshold,
-                         vocab_from_file=False)
+vocab_threshold, batch_size = 5, 10
+data_loader = get_loader(transform=transform_train, mode='train', batch_size=batch_size,
+                         vocab_threshold=vocab_threshold, vocab_from_file=False)
 
 sample_caption = 'A person doing a trick on a rail while riding a skateboard.'
 vocab = data_loader.dataset.vocab
@@ -122,9 +115,7 @@ def test_a_vocabulary_of_ones_own_in_the_current_folder(few_scenes, tmp_path, mo
     done = run(TRANSFORM, lines)
     assert done["loaded"].dataset.vocab == done["built"].dataset.vocab
     assert [path.name for path in tmp_path.iterdir()] == ["vocab.pkl"]
-    again = (
-        "get_loader(transform=transform_train, mode='train', batch_size=10, vocab_threshold=5, vocab_from_file=True)"
-    )
+    again = "get_loader(transform_train, 'train', batch_size=10, vocab_threshold=5, vocab_from_file=True)"
     with pytest.warns(UserWarning, match="threshold 4, not 5"):
         run(again, **done)
 
@@ -140,16 +131,9 @@ from data_loader import get_loader
 from model import EncoderCNN, DecoderRNN
 
 torch.manual_seed(0)
-batch_size = 64
-vocab_threshold = 5
-embed_size = 256
-hidden_size = 512
-data_loader = get_loader(transform=transform_train,
-                         mode='train',
-                         batch_size=batch_size,
-                         vocab_threshold=vocab_threshold,
-                         vocab_file=vocab_file,
-                         vocab_from_file=True)
+batch_size, vocab_threshold, embed_size, hidden_size = 64, 5, 256, 512
+data_loader = get_loader(transform=transform_train, mode='train', batch_size=batch_size,
+                         vocab_threshold=vocab_threshold, vocab_file=vocab_file, vocab_from_file=True)
 vocab_size = len(data_loader.dataset.vocab)
 
 encoder = EncoderCNN(embed_size)
@@ -198,8 +182,7 @@ torch.save(encoder.state_dict(), os.path.join(folder, 'models', 'encoder-%d.pkl'
 
 INFERENCE = """
 transform_test = transforms.Compose([
-    transforms.Resize((56, 56)),
-    transforms.ToTensor(),
+    transforms.Resize((56, 56)), transforms.ToTensor(),
     transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 data_loader = get_loader(transform=transform_test, mode='test', vocab_file=vocab_file)
 orig_image, image = next(iter(data_loader))
@@ -247,8 +230,7 @@ def test_training_and_inference(tmp_path, vocab_file):
     folder, vocab_file = {str(tmp_path)!r}, {str(vocab_file)!r}
     """
     code = "\n".join([textwrap.dedent(start), TRANSFORM, TRAINING, INFERENCE])
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "done"
     assert "could not download the ImageNet weights" in result.stderr

@@ -7,7 +7,7 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,8 +28,8 @@ def test_every_recipe_makes_a_model_and_comes_back_from_json(name):
     assert transform == transform.evaluation(), "recipes augment nothing: frozen backbones are cached"
     model = CaptionModel(replace(recipe, encoder="tiny").model_config(30))
     logits, _ = model(torch.zeros(2, 3, 32, 32), torch.tensor([[0, 5, 1], [0, 7, 1]]))
-    assert logits.shape[0] == 2
-    assert logits.shape[2] == 30
+    assert logits.shape[::2] == (2, 30)
+    assert recipe.unused_settings() == []
 
 
 def test_recipes_load_without_torch():
@@ -42,9 +42,8 @@ def test_the_plain_flickr8k_recipe():
     recipe = recipe_named("flickr8k-show-tell")
     expected = {
         "decoder": "show-tell", "embed_size": 512, "hidden_size": 512, "dropout": 0.5, "optimizer": "adam",
-        "lr": 1.5e-3,
         "warmup": 200, "batch_size": 80, "label_smoothing": 0.1, "clip": 5, "threshold": 5, "tokenizer": "unicode",
-        "epochs": 12, "length_penalty": 0.7, "max_len": 25, "fine_tune": "", "batch_norm": True,
+        "lr": 1.5e-3, "epochs": 12, "length_penalty": 0.7, "max_len": 25, "fine_tune": "", "batch_norm": True,
     }  # fmt: skip
     assert {name: getattr(recipe, name) for name in expected} == expected
     assert recipe.transform() == Transform(resize=(224, 224))
@@ -100,12 +99,9 @@ def test_values_out_of_range_are_refused(name, value, message):
     "backbone_lr beam_size max_len".split(),
 )
 def test_settings_that_must_be_above_zero(name):
-    for value in (0, -1):
+    for value in ("0", "-1", *(["nan"] if isinstance(getattr(Recipe(), name), float) else [])):
         with pytest.raises(UserError, match=rf"{name}={value}(\.0)? must be above 0; give a larger number"):
             Recipe().with_settings({name: value})
-    if {f.name: f.type for f in fields(Recipe)}[name] == "float":
-        with pytest.raises(UserError, match=f"{name}=nan must be above 0"):
-            Recipe().with_settings({name: "nan"})
 
 
 def test_settings_that_contradict_each_other():
@@ -120,19 +116,11 @@ def test_transforms():
     assert Recipe().transform() == Transform(resize=256, crop=224)
 
 
-@pytest.mark.parametrize(
-    ("settings", "layers"),
-    [
-        ({}, None),
-        ({"fine_tune": "layer4"}, ["layer4"]),
-        ({"fine_tune": "layer3, layer4,"}, ["layer3", "layer4"]),
-        ({"fine_tune": " , "}, None),
-        ({"fine_tune": "all"}, [""]),
-        ({"encoder": "tiny"}, [""]),
-    ],
-)
-def test_layers_to_train(settings, layers):
-    assert Recipe(**settings).layers_to_train() == layers
+def test_layers_to_train():
+    assert Recipe().layers_to_train() is Recipe(fine_tune=" , ").layers_to_train() is None
+    assert Recipe(fine_tune="layer4").layers_to_train() == ["layer4"]
+    assert Recipe(fine_tune="layer3, layer4,").layers_to_train() == ["layer3", "layer4"]
+    assert Recipe(fine_tune="all").layers_to_train() == Recipe(encoder="tiny").layers_to_train() == [""]
 
 
 def test_each_decoder_is_built_as_the_recipe_says():
@@ -173,12 +161,10 @@ def test_an_unknown_decoder_is_refused_before_anything_is_built():
         ({"crop": 200, "squash": True}, ["crop=200 has no effect: squash keeps the whole image"]),
         ({"crop": 200}, []),
         (
-            {"encoder": "tiny", "fine_tune": "layer4", "backbone_lr": 1.0},
-            [
-                "fine_tune=layer4 has no effect: the encoder tiny always trains completely",
-                "backbone_lr=1.0 has no effect: the encoder tiny trains at lr",
-            ],
+            {"encoder": "tiny", "fine_tune": "layer4"},
+            ["fine_tune=layer4 has no effect: the encoder tiny always trains completely"],
         ),
+        ({"encoder": "tiny", "backbone_lr": 1.0}, ["backbone_lr=1.0 has no effect: the encoder tiny trains at lr"]),
         ({"backbone_lr": 1.0}, ["backbone_lr=1.0 has no effect: fine_tune names no layers"]),
         ({"backbone_lr": 1.0, "fine_tune": "layer4"}, []),
         ({"weight_decay": 0.1}, ["weight_decay=0.1 has no effect: optimizer is adam"]),
@@ -198,11 +184,6 @@ def test_settings_without_effect_are_named(settings, notes):
     assert Recipe(**settings).unused_settings() == notes
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_no_recipe_has_settings_without_effect(name):
-    assert recipe_named(name).unused_settings() == []
-
-
 def header_of(recipe: Recipe, /, **meta) -> dict:
     config, transform = recipe.model_config(9), recipe.transform().evaluation().to_dict()
     return {"model": config, "transform": transform, "vocabulary": {"tokenizer": recipe.tokenizer}, "meta": meta}
@@ -217,10 +198,8 @@ def test_the_model_is_inherited_and_the_schedule_is_not():
     inherited = {name: getattr(other, name) for name in (*model, "tokenizer", "max_len")}
     assert recipe == replace(Recipe(epochs=2, warmup=7, batch_size=3), **inherited)
     assert recipe.model_config(9) == other.model_config(9)
-    assert (
-        replace(other, squash=False, resize=300, crop=200).transform()
-        == Recipe().inherit_model(header_of(replace(other, squash=False, resize=300, crop=200))).transform()
-    )
+    cropped = replace(other, squash=False, resize=300, crop=200)
+    assert Recipe().inherit_model(header_of(cropped)).transform() == cropped.transform()
 
 
 def test_arguments_that_a_model_leaves_out_have_the_defaults_of_its_constructor():

@@ -81,9 +81,8 @@ def test_its_captions_are_golden(path, captioners, photographs):
 
 def test_attention_sums_to_one_at_every_word(captioners):
     captioner = captioners["showtell-attend-1"]
-    features = captioner.encode(
-        [torch.from_numpy(synthetic.draw(synthetic.scene(i), 224)).permute(2, 0, 1) for i in (0, 1)]
-    )
+    drawings = [torch.from_numpy(synthetic.draw(synthetic.scene(i), 224)).permute(2, 0, 1) for i in (0, 1)]
+    features = captioner.encode(drawings)
     for (caption,) in captioner.decode(features, alphas=True):
         assert caption.alphas.shape == (len(caption.words), 7, 7)
         torch.testing.assert_close(torch.as_tensor(caption.alphas).sum((1, 2)), torch.ones(len(caption.words)))

@@ -94,9 +94,8 @@ def drawing(color=(200, 30, 40), size=64) -> np.ndarray:
 def write(tmp_path):
     """Write sections as a page and return its HTML."""
 
-    def written(*sections, **options) -> str:
-        path = write_page(tmp_path / "page.html", options.pop("title", "A page"), sections=sections, **options)
-        return path.read_text("utf-8")
+    def written(*sections, title="A page", **options) -> str:
+        return write_page(tmp_path / "page.html", title, sections=sections, **options).read_text("utf-8")
 
     return written
 
@@ -124,9 +123,6 @@ def every_section() -> list:
     ]
 
 
-# ---- The page ------------------------------------------------------------------------------------------------------
-
-
 def test_page_is_well_formed_and_self_contained(write):
     tiles = [("right", "96 %", "192 of 200"), ("words", 52)]
     text = write(*every_section(), summary="What it is.", tiles=tiles)
@@ -137,9 +133,7 @@ def test_page_is_well_formed_and_self_contained(write):
     assert set(re.findall(r"url\((.)", text)) <= {"#"}
     assert "@import" not in text
     assert "http" not in re.sub(r"http-equiv", "", text)
-    assert page.tags["section"] == 5
-    assert page.tags["svg"] == 3
-    assert page.tags["h1"] == 1
+    assert (page.tags["section"], page.tags["svg"], page.tags["h1"]) == (5, 3, 1)
     assert "{{" not in text
     assert "{%" not in text
     (script,) = page.scripts  # nothing else may run
@@ -211,9 +205,6 @@ def test_a_page_imports_only_what_it_shows(tmp_path):
     assert printed == "[]\n"
 
 
-# ---- Cards ---------------------------------------------------------------------------------------------------------
-
-
 @given(st.lists(st.sampled_from(["A", " cat", " İstanbul", "ß", ".", "'s", " <unk>", "猫", ' "', ""]), max_size=12))
 @settings(deadline=None, max_examples=30)
 def test_no_tinted_word_is_lost(tmp_path_factory, pieces):
@@ -229,11 +220,6 @@ def test_word_probabilities_become_tints(card_html, probs):
     found = card_html(None, "1", "A dog", pieces=["A", " dog"], word_probs=probs)
     assert re.findall(r"--p:([\d.]+)", found) == ["0.25", "1.00"]
     assert re.findall(r'title="(\d+) %"', found) == ["25", "100"]
-
-
-def test_pieces_and_probabilities_must_match():
-    with pytest.raises(ValueError, match="card 1: 2 pieces have 1 word_probs"):
-        Card(None, "1", "a dog", pieces=["a", " dog"], word_probs=[0.5])
 
 
 def test_badge_score_and_reasons(card_html):
@@ -291,9 +277,6 @@ def test_controls_appear_as_the_cards_allow(write):
     assert names == ["as listed", "best first", "worst first"]
 
 
-# ---- Tables --------------------------------------------------------------------------------------------------------
-
-
 def test_table_cells(write):
     rows = [["BLEU-4", Interval(16.64, 15.91, 17.42), 1234, 0.5, np.float32(0.1)], ["METEOR", None, None, None, None]]
     text = write(Table("t", ["metric", "ours", "n", "x", "y"], rows, digits=2))
@@ -312,12 +295,12 @@ def test_which_columns_are_numbers(write, value, number):
     assert ('<td dir="auto" class="number">' in write(Table("t", ["a", "b"], [["x", value]]))) is number
 
 
-def test_a_ragged_table_is_refused():
+def test_cards_and_tables_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="table t: a row has 1 cells for 2 columns"):
         Table("t", ["a", "b"], [["x"]])
+    with pytest.raises(ValueError, match="card 1: 2 pieces have 1 word_probs"):
+        Card(None, "1", "a dog", pieces=["a", " dog"], word_probs=[0.5])
 
-
-# ---- Charts --------------------------------------------------------------------------------------------------------
 
 NUMBERS = st.floats(-1e12, 1e12, allow_subnormal=False) | st.integers(-50, 50) | st.sampled_from([math.nan, math.inf])
 
@@ -354,10 +337,11 @@ def test_logarithmic_axes_have_labels(values):
     assert "$" not in curve.svg()
 
 
+VALUES = st.floats(-1e9, 1e9, allow_subnormal=False) | st.integers(-50, 90) | st.just(0.3)
+
+
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.floats(-1e9, 1e9, allow_subnormal=False) | st.integers(-50, 90) | st.just(0.3), min_size=1, max_size=50)
-)
+@given(st.lists(VALUES, min_size=1, max_size=50))
 def test_any_histogram_counts_everything_once(values):
     heights = [bar.get_height() for bar in draw(Histogram("h", values)).patches]
     assert sum(heights) == len(values)
@@ -370,11 +354,9 @@ def test_histogram_of_lengths():
 
     assert bars([4, 4, 5, 9]) == [(4, 2), (5, 1), (6, 0), (7, 0), (8, 0), (9, 1)]
     assert bars({4: 2, 5: 1, 9: 1, math.nan: 3}) == bars([4, 4, 5, 9])
-    shares = [height for _, height in bars({"true": [4, 4, 5, 9], "predicted": {4: 7}}) if height]
-    assert shares == [50, 25, 25, 100]
-    assert Histogram("h", {"true": [4, 4, 5, 9], "predicted": {4: 7}}).alt() == (
-        "true 4 values, mean 5.5; predicted 7 values, mean 4.0"
-    )
+    two = {"true": [4, 4, 5, 9], "predicted": {4: 7}}
+    assert [height for _, height in bars(two) if height] == [50, 25, 25, 100]
+    assert Histogram("h", two).alt() == "true 4 values, mean 5.5; predicted 7 values, mean 4.0"
 
 
 def test_curve_describes_itself_and_leaves_out_what_is_not_finite():
@@ -431,9 +413,6 @@ def test_a_notebooks_style_neither_changes_charts_nor_is_changed():
     matplotlib.RcParams(figures.STYLE)  # for notebooks: only settings that exist
 
 
-# ---- PNGs ----------------------------------------------------------------------------------------------------------
-
-
 def has_color(image: Image.Image, color: str) -> bool:
     rgb = tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
     return bool((np.asarray(image.convert("RGB")) == rgb).all(-1).any())
@@ -481,14 +460,10 @@ def test_curve_png(tmp_path):
     one = Image.open(write_curve(tmp_path / "one.png", series, "Loss"))
     assert has_color(one, LIGHT["s0"])
     assert has_color(one, LIGHT["s1"])
-    curves = [Curve("Loss", series), Curve("Perplexity", series, log_y=True)]
-    two = Image.open(write_curve(tmp_path / "two.png", curves))
+    two = Image.open(write_curve(tmp_path / "two.png", [Curve("Loss", series), Curve("PPL", series, log_y=True)]))
     assert two.size == (2 * one.size[0], one.size[1])
     assert Image.open(write_curve(tmp_path / "empty.png", {"train": []})).size == one.size
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["empty.png", "one.png", "two.png"]
-
-
-# ---- In a browser ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -544,9 +519,8 @@ def test_search_in_a_browser(open_page):
     search, count = page.get_by_role("searchbox"), page.locator("output")
     assert count.inner_text() == "4 of 4 shown"
     for query, expected in [
-        ("CRIMSON", ["one"]), ("a cafe at", ["two"]), ("there is", ["two"]),
-        ("square red", ["one"]), ("<script>", ["three"]),
-        ("العلم", ["three"]), ("four", ["four"]), ("zebra", []), ("", ["one", "two", "three", "four"]),
+        ("CRIMSON", ["one"]), ("a cafe at", ["two"]), ("there is", ["two"]), ("square red", ["one"]), ("zebra", []),
+        ("العلم", ["three"]), ("<script>", ["three"]), ("four", ["four"]), ("", ["one", "two", "three", "four"]),
     ]:  # fmt: skip
         search.fill(query)
         assert names(page) == expected, query
@@ -600,9 +574,8 @@ def test_two_galleries_are_independent(open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast_and_nothing_overflows(open_page, scheme):
-    page = open_page(
-        Gallery("P", some_cards()), *every_section()[1:], color_scheme=scheme, viewport={"width": 400, "height": 800}
-    )
+    context = {"color_scheme": scheme, "viewport": {"width": 400, "height": 800}}
+    page = open_page(Gallery("P", some_cards()), *every_section()[1:], **context)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
     colors = page.evaluate(
         """() => [".summary", ".predicted", ".badge.right", ".badge.wrong", ".name", ".true li", ".notes li", "td",
@@ -620,10 +593,8 @@ def test_text_has_contrast_and_nothing_overflows(open_page, scheme):
 def contrast(*colors: str) -> float:
     luminances = []
     for color in colors:
-        linear = [
-            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-            for c in (int(v) / 255 for v in re.findall(r"\d+", color)[:3])
-        ]
+        srgb = [int(v) / 255 for v in re.findall(r"\d+", color)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in srgb]
         luminances.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
     return (max(luminances) + 0.05) / (min(luminances) + 0.05)
 

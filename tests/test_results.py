@@ -43,9 +43,8 @@ def test_score_writes_a_page_with_images_and_captions(files, capsys):
     health = [re.split(" {2,}", line) for line in table.split("\n\n")[2].splitlines()]
     assert len(health) >= 7
     for label, value in health:  # the words of the terminal
-        assert re.search(rf'<th scope="row" dir="auto">{escape(label)}</th><td dir="auto"[^>]*>{value}</td>', text), (
-            label
-        )
+        row = rf'<th scope="row" dir="auto">{escape(label)}</th><td dir="auto"[^>]*>{value}</td>'
+        assert re.search(row, text), label
 
 
 def test_two_systems_or_images_without_a_page_are_refused(files, capsys):

@@ -37,9 +37,6 @@ def test_every_tool_is_tested():
     assert tested == {path.stem for path in (ROOT / "tools").glob("*.py")}
 
 
-# ---- average -------------------------------------------------------------------------------------------------------
-
-
 def save_model(path: Path, words: list[str], seed: int) -> dict[str, torch.Tensor]:
     vocab = Vocabulary(["<start>", "<end>", "<unk>", *words], 1, "words")
     decoder = {"name": "show-tell", "embed_size": 4, "hidden_size": 4, "vocab_size": len(vocab)}
@@ -72,9 +69,6 @@ def test_a_mean_without_meaning_is_refused(share, words, message, tmp_path):
     assert not (tmp_path / "mean").exists()
 
 
-# ---- mistakes ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("caption", "kinds"),
     [
@@ -104,16 +98,12 @@ def test_a_table_of_mistakes(tmp_path, capsys):
     (tmp_path / "captions.csv").write_text("\n".join(rows))
     predicted = tmp_path / "predicted" / "captions.json"
     predicted.parent.mkdir()
-    predicted.write_text(
-        json.dumps([{"image_id": "1.png", "caption": "two cats"}, {"image_id": "2.png", "caption": "a bus"}])
-    )
+    texts = {"1.png": "two cats", "2.png": "a bus"}
+    predicted.write_text(json.dumps([{"image_id": name, "caption": text} for name, text in texts.items()]))
     mistakes.main(str(predicted), "folder", str(tmp_path), "val")
     printed = capsys.readouterr().out
     assert re.search(r"number +50.0% +0.0%", printed)
     assert re.search(r"colour +0.0% +50.0%", printed)
-
-
-# ---- text_only -----------------------------------------------------------------------------------------------------
 
 
 def test_captions_without_images_become_a_data_set(tmp_path, monkeypatch, capsys):
@@ -132,9 +122,6 @@ def test_captions_without_images_become_a_data_set(tmp_path, monkeypatch, capsys
     assert len(set(texts)) == 17
     assert not {"coco 3", "coco 4"} & set(texts)
     assert (train.image(0) == torch.tensor(text_only.GREY)[:, None, None]).all()
-
-
-# ---- Figures and the tree ------------------------------------------------------------------------------------------
 
 
 def test_diagrams_are_drawn(tmp_path):
