@@ -169,8 +169,6 @@ class FeatureCache:
     def __setstate__(self, state: dict) -> None:
         self.__init__(**state)
 
-    # ---- Reading -------------------------------------------------------------------------------------------------
-
     def __len__(self) -> int:
         """Return the number of rows, which is that of different images."""
         self._read_index()
@@ -252,8 +250,6 @@ class FeatureCache:
                     break
                 self._learn(entry)
                 self._index_read += len(line)
-
-    # ---- Building ------------------------------------------------------------------------------------------------
 
     def build(
         self,

@@ -155,8 +155,6 @@ class Trainer:
         self.val_loader = CaptionLoader(val, recipe.batch_size, shuffle=False, **options)
         self.scored_loader = CaptionLoader(scored, 100, shuffle=False, **options)
 
-    # ---- Before training -----------------------------------------------------------------------------------------
-
     def describe(self) -> str:
         """Return a few lines about what is trained on which data, and the `notes`."""
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -204,8 +202,6 @@ class Trainer:
         self.loader.dataset.use_features(cache, features(True, self.train_set) if recipe.flip else None)
         self.val_loader.dataset.use_features(cache)
         self.scored_loader.dataset.use_features(cache)
-
-    # ---- Training ------------------------------------------------------------------------------------------------
 
     def fit(self, on_epoch: Callable[[dict], None] | None = None, progress: bool = True) -> list[dict]:
         """Train to the last epoch, or until validation has not improved for `patience` epochs.
@@ -320,8 +316,6 @@ class Trainer:
             "nothing after the last save is kept: lower lr or clip, or check these images and captions"
         )
 
-    # ---- Validation ----------------------------------------------------------------------------------------------
-
     def _validate(self) -> dict:
         """Return the loss over the validation split, and the scores of generated captions of its images."""
         recipe = self.recipe
@@ -353,8 +347,6 @@ class Trainer:
 
     def _out_of_patience(self) -> bool:
         return bool(self.run.patience) and self.epoch - self.best_epoch >= self.run.patience
-
-    # ---- Saving and resuming -------------------------------------------------------------------------------------
 
     def _save_models(self) -> None:
         """Write the model of the epoch that has just ended, as `last` and perhaps `best`, where it is not there yet."""
@@ -437,9 +429,6 @@ class Trainer:
                 f"stopped in epoch {self.epoch + 1} after step {self.step}, and saved; "
                 f"to continue, type: showtell train --resume --out {shlex.quote(str(self.out))}"
             )
-
-
-# ---- Precision, optimiser, schedule ---------------------------------------------------------------------------------
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:

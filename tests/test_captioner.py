@@ -83,9 +83,6 @@ def images(tmp_path_factory) -> list[Path]:
     return save_images(tmp_path_factory.mktemp("images"), 5)
 
 
-# ---- Opening -----------------------------------------------------------------------------------------------------
-
-
 def test_a_model_is_opened_by_path_run_folder_or_released_name(checkpoints, tmp_path, monkeypatch):
     file = checkpoints["attend"]
     run = tmp_path / "run"
@@ -160,9 +157,6 @@ def test_a_checkpoint_without_a_recipe_captions_too(meta, checkpoints, images, t
     captioner = load(tmp_path / "m.safetensors", "cpu")
     assert captioner.decoding_options().max_len == 25
     assert len(captioner.caption(images[0])) == 1
-
-
-# ---- Captions ----------------------------------------------------------------------------------------------------
 
 
 def test_the_untrained_model_captions_different_images_differently(captioner, images):
@@ -334,9 +328,6 @@ def test_a_model_with_damaged_weights_gives_an_error_and_no_caption(strategy, va
         captioner.caption(images[0], strategy)
 
 
-# ---- Files -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
 def test_files_come_back_in_order_whatever_the_batch(batch_size, captioner, images):
     results = list(captioner.caption_files(images, batch_size, beam_size=3, n_best=2))
@@ -387,9 +378,6 @@ def test_images_are_found_by_name_through_all_folders(tmp_path):
         find_images([tmp_path / "album.jpg"])
     with pytest.raises(MissingFileError, match=r"there is no .*absent; give images"):
         find_images([tmp_path, tmp_path / "absent"])
-
-
-# ---- One caption -------------------------------------------------------------------------------------------------
 
 
 def test_a_caption_as_plain_values():

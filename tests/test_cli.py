@@ -125,9 +125,6 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
-# ---- The program -------------------------------------------------------------------------------------------------
-
-
 def test_help_and_version_answer_without_torch():
     code = """
 import sys
@@ -296,9 +293,6 @@ def test_a_defect_of_the_program_keeps_its_traceback(images, monkeypatch):
         main(["caption", str(images)])
 
 
-# ---- caption -----------------------------------------------------------------------------------------------------
-
-
 def caption(model: Path, *arguments: object) -> list[str]:
     return ["caption", *map(str, arguments), "--model", str(model), "--beam-size", "3"]
 
@@ -452,9 +446,6 @@ def test_a_terminal_without_the_letters_of_a_caption_gets_escapes():
     assert stream.buffer.getvalue() == b"s\\xfc\\xdf \\u2603\n"
 
 
-# ---- Images that cannot be captioned ---------------------------------------------------------------------------
-
-
 BAD_IMAGES = {
     "text.jpg": (lambda path, image: path.write_text("a shopping list"), ["it holds text", "give a JPEG, PNG"]),
     "empty.jpg": (lambda path, image: path.touch(), ["it is empty (0 bytes)", "give a JPEG, PNG"]),
@@ -538,9 +529,6 @@ def test_an_image_or_folder_that_does_not_exist(model, capsys, tmp_path):
     refused(capsys, caption(model, bare), f"the folder {bare} holds no images", ".jpg", ".png", "name another")
 
 
-# ---- Checkpoints that cannot be used -----------------------------------------------------------------------------
-
-
 def altered(model: Path, target: Path, change=None, weight: float | None = None) -> None:
     """Save the model's file with another header, which `change` alters in place, or another weight."""
     with safe_open(model, "pt") as file:
@@ -591,9 +579,6 @@ def test_a_checkpoint_that_cannot_be_used(kind, command, model, images, capsys, 
     }[command]
     refused(capsys, [*arguments, "--model", path], str(path), *words)
     assert leftovers(tmp_path) == before
-
-
-# ---- train -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_writes_its_files_and_prints_how_to_caption(own_data, tmp_path, capsys):
@@ -748,9 +733,6 @@ def test_a_data_folder_without_annotations(command, dataset, words, model, capsy
     assert leftovers(tmp_path) == ["data", "here"]
 
 
-# ---- evaluate ----------------------------------------------------------------------------------------------------
-
-
 def evaluate(model: Path, data: Path, out: Path, *more: str) -> list[str]:
     arguments = ["evaluate", "--model", model, "--dataset", "folder", "--data-dir", data, "--split", "train"]
     return [*map(str, arguments), "--beam-size", "2", "--out", str(out), *more]
@@ -902,9 +884,6 @@ def test_what_cannot_be_evaluated(flags, words, model, own_data, capsys, tmp_pat
     assert leftovers(tmp_path) == ["here"]
 
 
-# ---- Data sets, from real files ----------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def coco_small(shared_data) -> Path:
     if not (shared_data / "coco_small").is_dir():
@@ -971,9 +950,6 @@ def test_flickr8k_with_a_pretrained_backbone_and_its_cache(flickr8k, weights, ca
     photo = flickr8k / "images" / (flickr8k / "Flickr_8k.testImages.txt").read_text().split()[0]
     assert main(["caption", str(photo), *model]) == 0
     assert capsys.readouterr().out.strip()
-
-
-# ---- export and import -------------------------------------------------------------------------------------------
 
 
 def test_a_model_is_halved_for_sharing(tmp_path, capsys, images):

@@ -83,9 +83,6 @@ def test_a_mirrored_image_swaps_left_and_right_in_its_captions(tokenizer):
     assert seen == {True, False}
 
 
-# ---- Samplers: which samples, in what batches --------------------------------------------------------------------
-
-
 LENGTHS = st.lists(st.integers(4, 12), max_size=60)
 
 
@@ -169,9 +166,6 @@ def test_impossible_samplers_are_refused(options):
         ImageBatchSampler(10, **({"batch_size": 2} | options))
 
 
-# ---- The sampling of the course ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_train_indices_are_of_one_length_and_cover_all_before_any_repeats(scenes, vocab, batch_size):
     samples = CaptionDataset(scenes, vocab, TINY, batch_size=batch_size)
@@ -215,9 +209,6 @@ def test_a_replaced_sampler_makes_the_batch(scenes, vocab, workers):
     assert [captions.tolist() for _, captions in loader] == [[loader.dataset.caption_ids(0).tolist()]]
     loader.batch_sampler.sampler = None
     assert sum(len(captions) for _, captions in loader) == len(loader.dataset)
-
-
-# ---- What is in a batch ------------------------------------------------------------------------------------------
 
 
 def test_a_batch_holds_each_caption_beside_its_image(scenes, vocab):
@@ -369,9 +360,6 @@ def test_without_a_transform_images_come_as_they_are(images, vocab):
     assert samples[0][0].dtype == torch.uint8
 
 
-# ---- The same batches however they are loaded --------------------------------------------------------------------
-
-
 def two_epochs(images, vocab, group, start_method=None, **options):
     loader = get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab, group=group, **options)
     loader.multiprocessing_context = start_method
@@ -452,9 +440,6 @@ def test_cached_features_are_those_of_the_images(tmp_path, images, vocab, group)
         torch.testing.assert_close(features.float(), backbone(images), atol=1e-3, rtol=1e-3)  # stored in half
 
 
-# ---- Broken images ---------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def partly_broken(images) -> CaptionSet:
     """Image 1 is cut short, 4 holds text, 7 is gone: 15 of the 50 captions."""
@@ -508,9 +493,6 @@ def test_an_image_too_thin_for_the_transform_is_named(images, vocab):
     with pytest.warns(UserWarning, match="too long and thin"):
         assert sum(len(images) for images, _ in loader) == 45
     assert str(path) in loader.broken[str(path)]
-
-
-# ---- The vocabulary of a loader ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -567,9 +549,6 @@ def test_a_vocabulary_of_other_captions_is_noticed(scenes, elsewhere):
     Vocabulary.build(["ein Hund läuft"], 1).save("vocab.pkl")
     with pytest.warns(UserWarning, match=r"knows \d+% of these captions' words; it was made for other data: build one"):
         get_loader(TINY, dataset=scenes)
-
-
-# ---- Data sets and arguments -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -54,9 +54,6 @@ def whole_truth(scene: synthetic.Scene) -> str:
     return next(s for s in synthetic.describe(scene, n=5) if synthetic.check(s, scene).complete)
 
 
-# ---- Photographs ---------------------------------------------------------------------------------------------------
-
-
 def test_without_a_released_model_no_photograph_is_captioned(tmp_path, monkeypatch):
     monkeypatch.setattr("showtell.released.MODELS", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -73,9 +70,6 @@ def test_the_released_model_captions_the_photographs_of_scikit_image(tmp_path, m
     assert [card.title for card in cards] == list(demo.PHOTOGRAPHS)
     assert all(Path(card.image).is_file() for card in cards)
     assert [card.predicted for card in cards] == [load().caption(card.image)[0].text for card in cards]
-
-
-# ---- Judging -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["test", "unseen"])
@@ -146,9 +140,6 @@ class Only:
 def test_the_figure_shows_a_wrong_one_among_the_right(verdicts, expected):
     cards = [Card(None, str(i), "", ok=letter == "r") for i, letter in enumerate(verdicts)]
     assert "".join("r" if card.ok else "w" for card in demo._mixed(cards, 4)) == expected
-
-
-# ---- The run, shrunk ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -235,9 +226,6 @@ def test_when_stopped_it_prints_how_to_start_again(tmp_path, monkeypatch, capsys
     assert main(["demo", "--out", str(tmp_path / "a demo"), "--device", "cpu"]) == 130
     expected = f"showtell: stopped; to start the demo again, type: showtell demo --out '{tmp_path / 'a demo'}'\n"
     assert capsys.readouterr().err == expected
-
-
-# ---- The run as it is --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

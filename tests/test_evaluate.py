@@ -182,9 +182,6 @@ def test_what_on_batch_raises_ends_the_work(scenes, vocab):
     assert len(batches) == 2
 
 
-# ---- The command's whole work ------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def saved(vocab, tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", "")  # METEOR takes Java half a minute

@@ -92,9 +92,6 @@ def cache(tmp_path: Path, backbone: Backbone) -> FeatureCache:
     return FeatureCache.open(tmp_path / "cache", backbone, TINY)
 
 
-# ---- Cache == pixels ---------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("arguments", [{}, {"grid": True}, {"name": "resnet18"}], ids=["vector", "grid", "resnet18"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_cached_features_are_fresh_ones(tmp_path, images, arguments, num_workers, monkeypatch):
@@ -135,9 +132,6 @@ def test_building_leaves_the_backbone_as_it_was(images, backbone, cache):
         assert tensor.stride() == before[name][1]
 
 
-# ---- One cache a fingerprint -------------------------------------------------------------------------------------
-
-
 def test_the_fingerprint_differs_whenever_the_features_would():
     resnet, strided = frozen("resnet50"), frozen("resnet50", stride_in_1x1=True)
     strided.load_state_dict(resnet.state_dict())
@@ -171,9 +165,6 @@ def test_another_backbone_gets_another_folder(tmp_path, images, cache):
     about = json.loads((cache.folder / "cache.json").read_text("utf-8"))
     assert about["fingerprint"].startswith(cache.folder.name)
     assert Transform.from_dict(about["transform"]) == TINY
-
-
-# ---- The same cache for more images ----------------------------------------------------------------------------
 
 
 def count_computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -249,8 +240,6 @@ def test_equal_images_share_a_row(images, backbone, cache):
     assert len(cache) == 9
     assert_holds(cache, backbone, images)
 
-
-# ---- Whatever happens to a build ---------------------------------------------------------------------------------
 
 BUILD_SLOWLY = textwrap.dedent(
     """
@@ -538,9 +527,6 @@ def test_the_size_is_printed_beforehand_on_standard_error(images, cache, capsys)
     assert capsys.readouterr() == ("", "")
 
 
-# ---- Broken images ---------------------------------------------------------------------------------------------
-
-
 def test_broken_images_are_named_skipped_and_tried_again(images, backbone, cache, monkeypatch):
     folder = Path(images.folder)
     good = (folder / "004.png").read_bytes()
@@ -578,9 +564,6 @@ def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
         cache.build(images, progress=False)
 
 
-# ---- What is not cached ------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("transform", "sentence"),
     [
@@ -609,9 +592,6 @@ def test_features_beyond_half_precision_are_refused(tmp_path, images):
         backbone.net.stages[-2].weight.fill_(1e6)
     with pytest.raises(UserError, match="half precision ends at 65504"):
         FeatureCache.open(tmp_path / "cache", backbone, TINY).build(images, progress=False)
-
-
-# ---- In loader workers -------------------------------------------------------------------------------------------
 
 
 def test_a_cache_pickles_small_and_reads_alike(images, cache):
@@ -646,9 +626,6 @@ def test_a_reader_sees_what_another_adds(tmp_path, images, backbone, cache):
     more = write_images(Path(images.folder), 3, first=10)
     cache.build(more, progress=False)
     assert_holds(reader, backbone, more)
-
-
-# ---- Real photographs --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -22,9 +22,6 @@ from showtell.files import atomic_path, lock, readable_size, require_free_space,
 ROOT = Path(__file__).resolve().parent.parent
 
 
-# ---- Atomic writing ----------------------------------------------------------------------------------------------
-
-
 def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
     path = tmp_path / "new" / "folder" / "a file.txt"
     with atomic_path(str(path)) as temporary:
@@ -124,9 +121,6 @@ def test_a_value_that_json_cannot_hold_leaves_the_old_file(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text()) == 1
 
 
-# ---- One writer --------------------------------------------------------------------------------------------------
-
-
 def run_python(code: str, returncode: int = 0) -> str:
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == returncode, result.stderr
@@ -189,9 +183,6 @@ def test_the_folder_of_a_killed_holder_is_free_and_one_may_wait_for_that(tmp_pat
         holder.communicate()
     note = f"note: process {holder.pid} on {socket.gethostname()} is building {tmp_path}; waiting until it ends\n"
     assert capsys.readouterr().err == note, "waiting is noted once"
-
-
-# ---- Space and sizes ---------------------------------------------------------------------------------------------
 
 
 def test_a_write_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch):

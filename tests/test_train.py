@@ -131,8 +131,6 @@ def straight(tmp_path_factory):
     return run
 
 
-# ---- Stopped and resumed -----------------------------------------------------------------------------------------
-
 WAYS = [
     ({"decoder": "show-tell", "group": "length", "num_layers": 2}, 0, signal.SIGINT),
     ({"decoder": "every-step", "captions_per_image": 1, "label_smoothing": 0.1}, 0, signal.SIGTERM),
@@ -228,9 +226,6 @@ def test_saves_inside_an_epoch_when_it_is_time(tmp_path, no_curve, monkeypatch):
     saved_at.clear()
     never.fit(progress=False)
     assert saved_at == [(1, 0), (2, 0)]
-
-
-# ---- Other processes: real signals, kills, a folder in use -------------------------------------------------------
 
 
 def start(function: str, *args: str) -> subprocess.Popen:
@@ -465,9 +460,6 @@ def test_a_save_that_fails_leaves_the_old_one_whole(failing, tmp_path, monkeypat
     assert resumed(tmp_path).step == 2
 
 
-# ---- Folders and data that are refused ---------------------------------------------------------------------------
-
-
 def test_a_folder_with_a_run_is_refused(straight, tmp_path):
     with pytest.raises(UserError, match="already holds a run; add --resume to continue it, or choose another --out"):
         trainer_in(straight(SMALL))
@@ -572,9 +564,6 @@ def test_settings_out_of_range(settings, message):
         Run(**settings)
 
 
-# ---- Images that cannot be read --------------------------------------------------------------------------------
-
-
 def on_disk(folder: Path, captions: SyntheticSet, broken: tuple[int, ...] = ()) -> CaptionSet:
     """Return the same images as files, some of them broken."""
     folder.mkdir(exist_ok=True)
@@ -615,9 +604,6 @@ def test_a_batch_without_a_readable_image_is_not_counted_twice_when_resuming(tmp
     Trainer.resume(tmp_path / "stopped", *data).fit(progress=False)
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
     assert len(losses(tmp_path / "stopped")) == 2 * 5
-
-
-# ---- What trains, and how fast -----------------------------------------------------------------------------------
 
 
 def tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -782,9 +768,6 @@ def test_the_random_numbers_of_any_device_are_saved_and_restored(kind, monkeypat
     run_module.set_generator_states(torch.device("cpu"), states)  # a run may continue on another device
     run_module.set_generator_states(device, run_module.generator_states(torch.device("cpu")))
     assert len(restored) == 1
-
-
-# ---- The loss ----------------------------------------------------------------------------------------------------
 
 
 def padded_captions() -> torch.Tensor:
@@ -970,9 +953,6 @@ def test_a_huge_loss_is_no_error(tmp_path, no_curve):
     assert record["train_perplexity"] == math.exp(700)
 
 
-# ---- Validation, best and last -----------------------------------------------------------------------------------
-
-
 def scripted(trainer: Trainer, ciders: list[float], val_losses: list[float]) -> Trainer:
     """Replace validation by given scores and losses."""
 
@@ -1077,9 +1057,6 @@ def test_captions_that_are_cut_are_noted(tmp_path):
     assert max(trainer.loader.dataset.caption_lengths) == 100
 
 
-# ---- What a run folder holds -------------------------------------------------------------------------------------
-
-
 def test_the_folder_and_its_logs(tmp_path):
     recipe = SMALL.with_settings({"group": "length"})
     trainer = trainer_in(tmp_path, recipe, print_every=4)
@@ -1146,9 +1123,6 @@ def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r'--tensorboard needs tensorboard; type pip install "showtell\[tensorboard\]"'):
         trainer_in(tmp_path, tensorboard=True).fit(progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
-
-
-# ---- Learning ----------------------------------------------------------------------------------------------------
 
 
 PAIRS = """a red circle
