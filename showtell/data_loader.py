@@ -68,8 +68,7 @@ class CaptionDataset(Dataset):
         """Encode every caption once.
 
         Args:
-            caption_set: images and captions.
-            vocab: turns words into ids.
+            caption_set, vocab: images with captions, and what turns words into ids.
             transform: a `Transform`, or any callable from a PIL image to a tensor.
             mode: `"train"`, `"val"` (nothing random) or `"test"` (original and transformed image, no captions).
             group: what one index means: a caption (`"length"`) or an image with all its captions (`"image"`).
@@ -79,6 +78,7 @@ class CaptionDataset(Dataset):
         if mode not in MODES or group not in GROUPS:
             raise UserError(f"mode={mode!r}, group={group!r} is not known; modes are {MODES} and groups are {GROUPS}")
         self.caption_set, self.vocab, self.mode, self.group = caption_set, vocab, mode, group
+        self.by_caption = group == "length" and mode != "test"
         self.transform = transform.evaluation() if isinstance(transform, Transform) and mode != "train" else transform
         self.batch_size, self.seed = batch_size, seed
         self.captions_per_image = captions_per_image if mode == "train" else 0
@@ -97,12 +97,7 @@ class CaptionDataset(Dataset):
         self._lengths_left: Iterator[list[int]] | None = None
 
     def use_features(self, cache: FeatureCache | None, mirror_cache: FeatureCache | None = None) -> None:
-        """Return cached features in place of images.
-
-        Args:
-            cache: the features of these images, already built; None to return images.
-            mirror_cache: the features of their mirror images, for a transform that flips.
-        """
+        """Return features from a built cache (and of the mirror images, for a transform that flips), not images."""
         self.cache, self.mirror_cache = cache, mirror_cache
         self.rows = None if cache is None else cache.rows(self.caption_set)
         self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(self.caption_set)
@@ -112,7 +107,7 @@ class CaptionDataset(Dataset):
 
     def __len__(self) -> int:
         """Return the number of samples: captions, or images when grouped by image or in test mode."""
-        return len(self.caption_lengths) if self.group == "length" and self.mode != "test" else len(self.caption_set)
+        return len(self.caption_lengths if self.by_caption else self.caption_set)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose augmentation is drawn, in running workers too."""
@@ -125,13 +120,14 @@ class CaptionDataset(Dataset):
 
     def __getitem__(self, index: int) -> tuple | Broken:
         """Return (image, caption), (image, captions) when grouped by image, or (original, image) in test mode."""
-        image_index = int(self.image_of[index]) if self.group == "length" and self.mode != "test" else int(index)
+        image_index = int(self.image_of[index] if self.by_caption else index)
         try:
             if self.mode == "test":
                 original = self.caption_set.image(image_index)
                 return original.permute(1, 2, 0).numpy(), self._transformed(original)
             key = (self.seed, int(self._epoch), int(index))
-            flipped = self._flips(key)
+            may_flip = isinstance(self.transform, Transform) and (self.cache is None or self.mirror_cache is not None)
+            flipped = may_flip and self.transform.flips(key)
             image = self._image(image_index, key, flipped)
         except (BrokenImageError, MissingFileError) as error:
             path, reason = str(self.caption_set.path(image_index)), str(error)
@@ -143,10 +139,6 @@ class CaptionDataset(Dataset):
             draw = random.Random(f"{self.seed}/{int(self._epoch)}/{image_index}")
             numbers = draw.sample(numbers, self.captions_per_image)
         return image, [self._caption(n, flipped) for n in numbers]
-
-    def _flips(self, key: tuple) -> bool:
-        mirrors = self.cache is None or self.mirror_cache is not None
-        return mirrors and isinstance(self.transform, Transform) and self.transform.flips(key)
 
     def _caption(self, n: int, flipped: bool) -> Tensor:
         ids = self.caption_ids(n)
@@ -176,8 +168,7 @@ class CaptionDataset(Dataset):
 
         The last few captions of a length are topped up to `batch_size` with others of that length.
         """
-        if self._lengths_left is None:
-            self._lengths_left = self._endless_batches()
+        self._lengths_left = self._lengths_left or self._endless_batches()
         return next(self._lengths_left)
 
     def _endless_batches(self) -> Iterator[list[int]]:
@@ -238,6 +229,10 @@ class EpochSampler(Sampler[list[int]]):
     def _order(self, values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
         return generator.permutation(values) if self.shuffle else values
 
+    def _cut(self, values: np.ndarray, generator: np.random.Generator) -> list[list[int]]:
+        order = self._order(values, generator).tolist()
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
 
 class LengthBatchSampler(EpochSampler):
     """Batches of captions of equal length, every caption once per epoch: full batches first, remainders last."""
@@ -250,17 +245,13 @@ class LengthBatchSampler(EpochSampler):
         self.buckets = np.split(order, np.flatnonzero(np.diff(lengths[order])) + 1) if len(order) else []
 
     def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
-        """See `EpochSampler.all_batches`."""
         full, rest = [], []
         for bucket in self.buckets:
-            shuffled = self._order(bucket, generator).tolist()
-            for i in range(0, len(shuffled), self.batch_size):
-                batch = shuffled[i : i + self.batch_size]
+            for batch in self._cut(bucket, generator):
                 (full if len(batch) == self.batch_size else rest).append(batch)
         return [part[i] for part in (full, rest) for i in self._order(np.arange(len(part)), generator)]
 
     def n_batches(self) -> int:
-        """See `EpochSampler.n_batches`."""
         return sum(-(-len(bucket) // self.batch_size) for bucket in self.buckets)
 
 
@@ -273,12 +264,9 @@ class ImageBatchSampler(EpochSampler):
         self.n_images = n_images
 
     def all_batches(self, generator: np.random.Generator) -> list[list[int]]:
-        """See `EpochSampler.all_batches`."""
-        order = self._order(np.arange(self.n_images), generator).tolist()
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        return self._cut(np.arange(self.n_images), generator)
 
     def n_batches(self) -> int:
-        """See `EpochSampler.n_batches`."""
         return -(-self.n_images // self.batch_size)
 
 
@@ -326,10 +314,8 @@ def _stack(images: Sequence[Tensor]) -> Tensor:
         raise UserError(f"the transform returns a {type(others[0]).__name__}, not a tensor; end it with ToTensor()")
     sizes = sorted({tuple(image.shape) for image in images})
     if len(sizes) > 1:
-        raise UserError(
-            f"images of shapes {sizes[0]} and {sizes[-1]} cannot share a batch; give a transform with a fixed output "
-            "size, such as Transform(resize=256, crop=224)"
-        )
+        shapes = f"{sizes[0]} and {sizes[-1]}"
+        raise UserError(f"images of shapes {shapes} cannot share a batch; crop them: Transform(resize=256, crop=224)")
     return torch.stack(list(images))
 
 
@@ -348,10 +334,10 @@ class CaptionLoader(DataLoader):
         self.max_broken = max_broken
         self.broken: dict[str, str] = {}
         self.drawn = 0
-        if samples.group == "length" and samples.mode != "test":
+        if samples.by_caption:
             batches: EpochSampler = LengthBatchSampler(samples.caption_lengths, batch_size, **options)
         else:
-            batches = ImageBatchSampler(len(samples.caption_set), batch_size, **options)
+            batches = ImageBatchSampler(len(samples), batch_size, **options)
         super().__init__(
             samples,
             batch_sampler=batches,

@@ -5,6 +5,7 @@ showtell evaluate --model runs/flickr8k --dataset flickr8k --data-dir data/flick
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -111,14 +112,6 @@ class Evaluation:
         return f"{self.title()}, perplexity {self.perplexity:.2f}\n{table}\ncaptions: {self.path}"
 
 
-def _training_captions(dataset: str, data_dir: str | os.PathLike | None) -> list[str] | None:
-    """Return the captions that generated ones may repeat; None where only the evaluated split is available."""
-    try:
-        return list(datasets.load(dataset, data_dir, "train").all_captions())
-    except UserError:
-        return None
-
-
 def evaluate(
     model: str | os.PathLike | None,
     dataset: str | CaptionSet,
@@ -138,18 +131,14 @@ def evaluate(
 
     Args:
         model: as in `showtell.load`.
-        dataset: a reader's name, or an open `CaptionSet`.
-        data_dir: its folder.
-        split: the split; use the test split for a release only.
-        beam_size: 1 for greedy decoding.
-        device: where to compute.
+        dataset, data_dir: a reader's name and its folder, or an open `CaptionSet`.
+        split: the split; use the test split for a release only. beam_size: 1 for greedy decoding.
         limit: the number of images, drawn by `seed`; 0 for all.
         out: the folder for `captions.json`; by default one named after model, data and split, beside the model, or in
             `runs` for a released model.
         html: where to write a report, if anywhere.
         spice: whether to compute SPICE, which needs Java and downloads a large file once.
-        seed: random seed of `limit` and of the intervals.
-        progress: whether to show a bar.
+        seed: random seed of `limit` and of the intervals. progress: whether to show a bar.
 
     Raises:
         UserError: model or data cannot be used, or the data have no captions to score against.
@@ -162,16 +151,16 @@ def evaluate(
         caption_set = caption_set.subset(limit, seed)
     captions, nll, words = _caption_images(captioner, caption_set, beam_size, progress)
     if not captions:
-        raise UserError(
-            f"none of the {len(caption_set)} images of {caption_set.name} {caption_set.split} can be read; "
-            "check the folder they are in"
-        )
+        unread = f"none of the {len(caption_set)} images of {caption_set.name} {caption_set.split}"
+        raise UserError(f"{unread} can be read; check the folder they are in")
     references = {i: texts for i, texts in caption_set.references().items() if i in captions}
     texts = {i: caption.text for i, caption in captions.items()}
-    training = None if isinstance(dataset, CaptionSet) else _training_captions(dataset, data_dir)
-    (result,) = scoring.score_captions(
-        references, {path.stem: texts}, training_captions=training, spice=spice, seed=seed
-    )
+    training = None
+    if not isinstance(dataset, CaptionSet):
+        with contextlib.suppress(UserError):  # only the evaluated split may be there
+            training = list(datasets.load(dataset, data_dir, "train").all_captions())
+    options = {"training_captions": training, "spice": spice, "seed": seed}
+    (result,) = scoring.score_captions(references, {path.stem: texts}, **options)
     about = {"model": str(path), "dataset": caption_set.name, "split": caption_set.split, "images": len(captions)}
     about["beam_size"] = beam_size
     beside = Path("runs") if is_released(path) else path.parent
@@ -182,15 +171,12 @@ def evaluate(
     evaluation = Evaluation(about, metrics.perplexity(nll, words), result, captions, folder / "captions.json")
     if html:
         sources = dict(zip(map(str, caption_set.image_ids), caption_set.sources(), strict=True))
-        write_results(
-            html,
-            result,
-            references,
-            lambda i: sources[i]() if callable(sources[i]) else sources[i],
-            evaluation.title(),
-            [Tile("perplexity", f"{evaluation.perplexity:.2f}")],
-            captions,
-        )
+
+        def image(i: str) -> object:
+            return sources[i]() if callable(sources[i]) else sources[i]
+
+        tiles = [Tile("perplexity", f"{evaluation.perplexity:.2f}")]
+        write_results(html, result, references, image, evaluation.title(), tiles, captions)
     return evaluation
 
 
@@ -198,10 +184,7 @@ def evaluate(
 def _caption_images(
     captioner: Captioner, caption_set: CaptionSet, beam_size: int, progress: bool
 ) -> tuple[dict[str, Caption], float, int]:
-    """Return each readable image's caption by its id, and the negative log-likelihood and number of the true words.
-
-    Each image is encoded once for both.
-    """
+    """Return captions of the readable images by id, and negative log-likelihood and number of the true words."""
     encoded = [[captioner.vocab.encode(text) for text in texts] for texts in caption_set.captions]
     if n_cut := sum(len(ids) > MAX_WORDS + 2 for own in encoded for ids in own):
         warnings.warn(f"{n_cut} true captions have over {MAX_WORDS} words and are cut for the perplexity", stacklevel=3)

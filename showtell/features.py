@@ -36,14 +36,7 @@ from tqdm import tqdm
 from showtell.backbones import Backbone
 from showtell.errors import UserError
 from showtell.files import lock, readable_size, require_free_space, write_json
-from showtell.image_stream import (
-    LoadedImage,
-    Stamp,
-    digest_of,
-    digest_of_pixels,
-    file_stamp,
-    stream_images,
-)
+from showtell.image_stream import LoadedImage, Stamp, digest_of, digest_of_pixels, file_stamp, stream_images
 from showtell.transforms import Transform, read_bytes
 
 if TYPE_CHECKING:
@@ -119,7 +112,7 @@ class FeatureCache:
 
         Args:
             folder: any folder; it is created if it does not exist.
-            backbone: a frozen one. It is neither moved nor changed.
+            backbone: a frozen one, which is neither moved nor changed.
             transform: a deterministic one with square output.
             precision: of the computation, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has it,
                 and exact to two or three digits); the features are stored in half precision either way.
@@ -128,24 +121,15 @@ class FeatureCache:
             UserError: the backbone trains, or the transform is random or keeps an image's proportions.
         """
         if backbone.trainable:
-            raise UserError(
-                f"the features of {backbone.name} cannot be cached while it trains; freeze it with "
-                "backbone.fine_tune(None), or train from images without a cache"
-            )
+            raise UserError(f"{backbone.name} cannot be cached while training; freeze it with backbone.fine_tune(None)")
         if not isinstance(transform, Transform):
-            raise UserError(
-                f"a {type(transform).__name__} is not a transform that a cache can identify; give a "
-                "showtell.transforms.Transform, or train from images without a cache"
-            )
+            kind = type(transform).__name__
+            raise UserError(f"a {kind} is not a transform that a cache can identify; give a showtell Transform")
         if transform != transform.evaluation():
-            raise UserError(
-                "the features of a random transform cannot be cached (random_crop or flip is on); give "
-                "transform.evaluation(), or train from images without a cache"
-            )
+            raise UserError("random transforms (random_crop, flip) cannot be cached; give transform.evaluation()")
         if transform.size is None:
             raise UserError(
-                f"{transform} returns images of many shapes and a cache needs one; add a crop, as in "
-                "Transform(resize=256, crop=224)"
+                f"{transform} returns images of many shapes and a cache needs one; add a crop, as in crop=224"
             )
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
@@ -271,8 +255,7 @@ class FeatureCache:
             progress: whether to write the size and a bar to standard error.
             max_broken: the number of images that may be unreadable.
 
-        Returns:
-            one sentence for each image that could not be read; it has no row.
+        Returns one sentence for each image that could not be read and has no row.
 
         Raises:
             UserError: too little disk space, too many images or all of them are unreadable, or half precision cannot
@@ -281,10 +264,7 @@ class FeatureCache:
         if self._backbone is None:
             raise UserError(f"a copy of {self!r} made for reading cannot build; open it with FeatureCache.open")
         if self.folder.name != fingerprint(self._backbone, self._transform, self._precision)[:16]:
-            raise UserError(
-                f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again with "
-                "FeatureCache.open"
-            )
+            raise UserError(f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again")
         missing = self._missing_on_disk(caption_set)
         if not missing and not self._moved:
             return []

@@ -38,7 +38,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes private files
+        mask = os.umask(0)  # there is no other way to read it
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -69,12 +71,9 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
     """
     folder = Path(folder).absolute()
     me = f"process {os.getpid()} on {socket.gethostname()}"
-
-    def refuse(holder: str) -> UserError:
-        return UserError(f"{holder} {doing} {folder}; wait until it ends, stop it, or choose another folder")
-
+    refusal = f"{doing} {folder}; wait until it ends, stop it, or choose another folder"
     if folder in _held:
-        raise refuse(me)
+        raise UserError(f"{me} {refusal}")
     _held.add(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,7 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
                     file.seek(0)
                     holder = file.read().strip() or "another process"
                     if not wait:
-                        raise refuse(holder) from None
+                        raise UserError(f"{holder} {refusal}") from None
                     if not noted:
                         print(f"note: {holder} {doing} {folder}; waiting until it ends", file=sys.stderr, flush=True)
                     noted = True
@@ -106,10 +105,7 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
 def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> None:
     """Raise for anything but a regular file before it is opened: a pipe would block, and a device never ends.
 
-    Args:
-        path: the file to be read.
-        what: what the file should be, for the error message ("image", "checkpoint").
-        remedy: what to do about it.
+    The message says `what` the file should be ("image", "checkpoint"), and the `remedy`.
 
     Raises:
         MissingFileError: there is no such file.
@@ -135,10 +131,8 @@ def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) 
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise UserError(
-            f"{what} needs {readable_size(needed_bytes)} and {folder} has {readable_size(free)} free; "
-            "free space there or choose another folder"
-        )
+        sizes = f"{what} needs {readable_size(needed_bytes)} and {folder} has {readable_size(free)} free"
+        raise UserError(f"{sizes}; free space there or choose another folder")
 
 
 def readable_size(n_bytes: float) -> str:
@@ -148,9 +142,3 @@ def readable_size(n_bytes: float) -> str:
             return f"{n_bytes:.0f} bytes" if unit == "bytes" else f"{n_bytes:.1f} {unit}"
         n_bytes /= 1024
     return f"{n_bytes:.1f} TB"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

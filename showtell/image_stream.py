@@ -51,8 +51,7 @@ def stream_images(
     Args:
         sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor.
         transform: turns an image into the network's input.
-        batch_size: images per batch; the last batch may be smaller.
-        workers: the number of threads that read.
+        batch_size: images per batch; the last may have fewer. workers: the number of threads that read.
     """
 
     def load(numbered: tuple[int, Source | Callable[[], Tensor]]) -> LoadedImage:

@@ -567,8 +567,11 @@ def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
 @pytest.mark.parametrize(
     ("transform", "sentence"),
     [
-        (Transform(resize=72, crop=64, random_crop=True), r"random_crop or flip is on\); give transform.evaluation"),
-        (Transform(resize=(64, 64), flip=True), r"random_crop or flip is on\); give transform.evaluation"),
+        (
+            Transform(resize=72, crop=64, random_crop=True),
+            r"random_crop, flip\) cannot be cached; give transform.evaluation",
+        ),
+        (Transform(resize=(64, 64), flip=True), r"random_crop, flip\) cannot be cached; give transform.evaluation"),
         (Transform(resize=64), r"many shapes and a cache needs one; add a crop"),
         (lambda image: image, r"a function is not a transform that a cache can identify"),
     ],
@@ -580,7 +583,7 @@ def test_random_and_unsized_transforms_are_refused(tmp_path, transform, sentence
 
 
 def test_a_backbone_that_trains_and_an_unknown_precision_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"tiny cannot be cached while it trains; freeze it with backbone.fine_tune"):
+    with pytest.raises(UserError, match=r"tiny cannot be cached while training; freeze it with backbone.fine_tune"):
         FeatureCache.open(tmp_path, Backbone("tiny"), TINY)
     with pytest.raises(UserError, match="precision='half' is not known; choose one of float32, bfloat16"):
         FeatureCache.open(tmp_path, frozen(), TINY, precision="half")
