@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     features = train.add_mutually_exclusive_group()
     features.add_argument("--features", metavar="DIR", help="feature cache (default runs/features)")
     features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from images")
-    train.add_argument("--workers", type=_int, metavar="N", help="data loading processes")
+    train.add_argument("--workers", type=_int, metavar="N", dest="num_workers", help="data loading processes")
     train.add_argument("--tensorboard", action="store_const", const=True, help="also write TensorBoard event files")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument("--dry-run", action="store_true", help="print what would be trained on which data, and exit")
@@ -256,10 +256,8 @@ def _train(args: argparse.Namespace) -> int:
 
     _check_outputs([], args.out)
     settings = _settings(args)
-    flags = "dataset init seed subset val_images best_by data_dir patience tensorboard features".split()
+    flags = "dataset init seed subset val_images best_by data_dir patience tensorboard features num_workers".split()
     given = {name: value for name in flags if (value := getattr(args, name)) is not None}
-    if args.workers is not None:
-        given["num_workers"] = args.workers
     if args.encoder_weights:
         given["weights"] = args.encoder_weights
     if args.init:
@@ -274,8 +272,10 @@ def _train(args: argparse.Namespace) -> int:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
         run = Run(out=args.out, device=_device(args), **given)
         trainer = Trainer(recipe.with_settings(settings), run)
-    for captions in (trainer.train_set, trainer.val_set):
-        _say_missing(captions.missing, captions.split)
+    for caption_set in (trainer.train_set, trainer.val_set):
+        if missing := caption_set.missing:
+            listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
+            _say(f"note: {len(missing)} images of {caption_set.split} are not there and are left out: {listed}")
     _say(trainer.describe())
     if args.dry_run:
         return 0
@@ -285,18 +285,10 @@ def _train(args: argparse.Namespace) -> int:
         _say(f"showtell: {stopped}")
         return 130
     best = trainer.history[trainer.best_epoch - 1]
-    _say(
-        f"the best epoch was {trainer.best_epoch}, validation perplexity {best['val_perplexity']:.2f}, "
-        f"CIDEr-D {100 * best['scores']['CIDEr']:.1f}; caption with: "
-        f"showtell caption photo.jpg --model {shlex.quote(str(Path(args.out) / 'best.safetensors'))}"
-    )
+    scores = f"validation perplexity {best['val_perplexity']:.2f}, CIDEr-D {100 * best['scores']['CIDEr']:.1f}"
+    model = shlex.quote(str(Path(args.out) / "best.safetensors"))
+    _say(f"the best epoch was {trainer.best_epoch}, {scores}; caption with: showtell caption photo.jpg --model {model}")
     return 0
-
-
-def _say_missing(files: list[str], split: str) -> None:
-    if files:
-        listed = ", ".join(files[:3]) + (", …" if len(files) > 3 else "")
-        _say(f"note: {len(files)} images of {split} are not there and are left out: {listed}")
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
@@ -392,10 +384,10 @@ def _caption(args: argparse.Namespace) -> int:
         writer.writerows([path, c.text, round(c.score, 4)] for path, captions in done for c in captions)
         with atomic_path(args.csv) as temporary:  # names that are not UTF-8 keep their bytes
             temporary.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
-        _say(f"{len(done)} images captioned in {args.csv}")
     elif args.html:
         _write_gallery(args.html, done)
-        _say(f"{len(done)} images captioned in {args.html}")
+    if target := args.csv or args.html:
+        _say(f"{len(done)} images captioned in {target}")
     for _, error in broken:
         _say(f"showtell: {error}")
     if broken and len(paths) > 1:
@@ -474,11 +466,9 @@ def _import_legacy(args: argparse.Namespace) -> int:
 
     found = import_legacy(args.encoder, args.decoder, args.vocab, SQUASHED if args.squash else IMAGENET)
     save_checkpoint(args.out, found.model, found.vocab, found.transform, found.meta)
-    encoder, decoder = found.model.config["encoder"], found.model.config["decoder"]
-    print_text(
-        f"{args.out}: {encoder['backbone']}, {len(found.vocab)} words, embed {decoder['embed_size']}, "
-        f"hidden {decoder['hidden_size']}, {decoder['num_layers']} LSTM layer(s)"
-    )
+    backbone, decoder = found.model.config["encoder"]["backbone"], found.model.config["decoder"]
+    sizes = f"embed {decoder['embed_size']}, hidden {decoder['hidden_size']}, {decoder['num_layers']} LSTM layer(s)"
+    print_text(f"{args.out}: {backbone}, {len(found.vocab)} words, {sizes}")
     return 0
 
 

@@ -54,33 +54,21 @@ class Caption:
 
     @classmethod
     def of(cls, hypothesis: Hypothesis, vocab: Vocabulary, grid: tuple[int, int] | None = None) -> Caption:
-        """Convert ids and log-probabilities to words and probabilities.
-
-        Args:
-            hypothesis: what the decoder generated.
-            vocab: the model's vocabulary.
-            grid: rows and columns of the attention maps; needed only if the hypothesis has any.
-        """
+        """Convert ids and log-probabilities; attention maps, if any, need their `grid`: rows and columns."""
         words = [vocab.idx2word[i] for i in hypothesis.ids]
         probs = [math.exp(p) for p in hypothesis.log_probs[: len(words)]]
         alphas = hypothesis.alphas
         if alphas is not None:  # (words, L) -> (words, rows, columns)
             if grid is None or math.prod(grid) != alphas.shape[1]:
-                raise UserError(
-                    f"attention maps of {alphas.shape[1]} cells cannot have the shape {grid}; pass their "
-                    "grid=(rows, columns), or give caption() the image itself"
-                )
+                cells = alphas.shape[1]
+                raise UserError(f"maps of {cells} cells cannot have the shape {grid}; pass their grid=(rows, columns)")
             alphas = alphas.unflatten(1, grid)
         return cls(vocab.decode(hypothesis.ids), hypothesis.score, words, probs, alphas)
 
     def to_dict(self) -> dict:
         """Return plain values, as `showtell caption --json` prints them."""
-        return {
-            "text": self.text,
-            "score": round(self.score, 4),
-            "words": self.words,
-            "word_probs": [round(p, 4) for p in self.word_probs],
-        }
+        probs = [round(p, 4) for p in self.word_probs]
+        return {"text": self.text, "score": round(self.score, 4), "words": self.words, "word_probs": probs}
 
 
 class Captioner:
@@ -98,8 +86,7 @@ class Captioner:
     def encode(self, images: Source | Sequence[Source]) -> Tensor:
         """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
 
-        Args:
-            images: one or more of: a path, a file's bytes, a PIL image, an array, a uint8 tensor.
+        An image is a path, a file's bytes, a PIL image, an array, or a uint8 tensor.
 
         Raises:
             MissingFileError: a file does not exist.
@@ -113,10 +100,8 @@ class Captioner:
                 raise error
             parts += [features for _, features, _ in self._encode(batch)]
         if len({features.shape[1:] for features in parts}) != 1:
-            raise UserError(
-                f"{len(images)} images do not fit in one batch: encode takes one or more images, "
-                "of equal proportions where this model keeps them"
-            )
+            proportions = "of equal proportions where this model keeps them"
+            raise UserError(f"{len(images)} images do not fit in one batch; give one or more, {proportions}")
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -149,7 +134,7 @@ class Captioner:
         grid: tuple[int, int] | None = None,
         **options: float,
     ) -> list[list[Caption]]:
-        """Caption encoded images.
+        """Return the captions of each encoded image.
 
         Args:
             features: from `encode`.
@@ -162,9 +147,6 @@ class Captioner:
             grid: rows and columns of the attention maps; needed with `alphas` if the transform keeps an image's
                 proportions, since features do not tell them.
             options: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
-
-        Returns:
-            for each image its captions.
 
         Raises:
             UserError: an argument is out of range, the shape of the grid is needed, or the model's outputs are not
@@ -203,9 +185,7 @@ class Captioner:
 
         Args:
             sources: anything `encode` reads, or functions that return a uint8 `(3, H, W)` tensor.
-            batch_size: images per batch.
-            workers: threads that read images.
-            options: the arguments of `decode`.
+            batch_size, workers: images per batch, and threads that read them. options: the arguments of `decode`.
 
         Yields:
             the index of each source, in order, with its captions or the error that prevented them.
@@ -270,13 +250,11 @@ def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     found: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(
-                path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir()
-            )
+            paths = (path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            inside = sorted(path for path in paths if not path.is_dir())
             if not inside:
-                raise UserError(
-                    f"the folder {source} holds no images ({', '.join(sorted(IMAGE_SUFFIXES))}); name another"
-                )
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                raise UserError(f"the folder {source} holds no images ({suffixes}); name another")
             found += inside
         elif not source.exists():
             raise MissingFileError(f"there is no {source}; give images, or folders of images")
