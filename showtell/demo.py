@@ -21,8 +21,9 @@ from showtell.datasets import SyntheticSet
 from showtell.errors import MissingFileError, UserError
 from showtell.files import lock, write_json
 from showtell.recipes import recipe_named
-from showtell.report import Card, Curve, Gallery, Tile, write_figure, write_page
+from showtell.report import Card, Gallery, Tile, write_figure, write_page
 from showtell.train import Run, Trainer
+from showtell.training_log import curves
 
 N_TRAIN, N_VAL, N_TEST = 12_000, 60, 200
 PHOTOGRAPHS = (  # of scikit-image's, those that show a scene or an object
@@ -37,9 +38,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     Args:
         out: the output folder: new, empty, or an earlier demo's, which is replaced.
         seed: random seed of the scenes and of training.
-        device: where to compute.
-        n_train: number of training scenes.
-        epochs: passes over them; 0 for the recipe's number.
+        n_train, epochs: number of training scenes, and of passes over them; 0 for the recipe's number.
 
     Returns:
         the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; also
@@ -57,34 +56,18 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     for card in photographs:
         print(f"  {card.title:<20} {card.predicted}")
     recipe = recipe_named("demo").with_settings({"epochs": epochs} if epochs else {})
-    print(
-        f"training on {n_train:,} drawn scenes of coloured shapes ({len(synthetic.HELD_OUT)} combinations held out) …"
-    )
-    trainer = Trainer(
-        recipe,
-        Run(out=out, seed=seed, device=device, save_minutes=60),
-        datasets.load("synthetic", split="train", n=n_train, seed=seed),
-        datasets.load("synthetic", split="val", n=N_VAL, seed=seed),
-    )
+    print(f"training on {n_train:,} drawn scenes of coloured shapes, {len(synthetic.HELD_OUT)} combinations held out …")
+    scenes = partial(datasets.load, "synthetic", seed=seed)
+    settings = Run(out=out, seed=seed, device=device, save_minutes=60)
+    trainer = Trainer(recipe, settings, scenes(split="train", n=n_train), scenes(split="val", n=N_VAL))
     history = trainer.fit()
     captioner = Captioner(trainer.checkpoint(), device)
-    seen = judge(captioner, datasets.load("synthetic", split="test", n=N_TEST, seed=seed))
-    unseen = judge(captioner, datasets.load("synthetic", split="unseen", n=N_TEST, seed=seed))
-    rates = {
-        "seen": _rate(seen),
-        "unseen": _rate(unseen),
-        "constant": best_constant(trainer.train_set, [scene for scene, *_ in seen]),
-    }
+    seen = judge(captioner, scenes(split="test", n=N_TEST))
+    unseen = judge(captioner, scenes(split="unseen", n=N_TEST))
+    constant = best_constant(trainer.train_set, [scene for scene, *_ in seen])
+    rates = {"seen": _rate(seen), "unseen": _rate(unseen), "constant": constant}
 
-    curve = Curve(
-        "Loss",
-        {
-            "training": [(r["epoch"], r["train_loss"]) for r in history],
-            "validation": [(r["epoch"], r["val_loss"]) for r in history],
-        },
-        "epoch",
-        "nats per word",
-    )
+    curve, _ = curves(history)
     cards_seen = [_card(*row, f"seen {i}") for i, row in enumerate(seen)]
     cards_unseen = [_card(*row, f"unseen {i}") for i, row in enumerate(unseen)]
     page = write_page(
@@ -109,9 +92,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     write_json(folder / "demo.json", rates)
 
     for _, caption, verdict in seen[:5]:
-        print(
-            f"  {caption.text}{'' if verdict.true and verdict.complete else '   (wrong: ' + verdict.problems[0] + ')'}"
-        )
+        print(f"  {caption.text}" + ("" if _right(verdict) else f"   (wrong: {verdict.problems[0]})"))
     print(
         f"right captions: {rates['seen']:.1%} of {len(seen)} images of seen combinations, {rates['unseen']:.1%} of "
         f"{len(unseen)} of unseen ones; the best constant caption: {rates['constant']:.1%}"
@@ -160,25 +141,21 @@ def best_constant(train_set: SyntheticSet, scenes: list[synthetic.Scene], candid
     """The rate of right captions if every scene got the same one: the best of the most frequent in training."""
     common = [sentence for sentence, _ in Counter(train_set.all_captions()).most_common(candidates)]
     verdicts = ([synthetic.check(sentence, scene) for scene in scenes] for sentence in common)
-    return max(sum(v.true and v.complete for v in row) / len(scenes) for row in verdicts)
+    return max(sum(map(_right, row)) / len(scenes) for row in verdicts)
+
+
+def _right(verdict: synthetic.Verdict) -> bool:
+    return verdict.true and verdict.complete
 
 
 def _rate(rows: list[Judged]) -> float:
-    return sum(verdict.true and verdict.complete for *_, verdict in rows) / len(rows)
+    return sum(_right(verdict) for *_, verdict in rows) / len(rows)
 
 
 def _card(scene: synthetic.Scene, caption: Caption, verdict: synthetic.Verdict, title: str) -> Card:
-    return Card(
-        synthetic.draw(scene, 160),
-        title,
-        caption.text,
-        synthetic.describe(scene),
-        caption.pieces,
-        caption.word_probs,
-        caption.score,
-        verdict.true and verdict.complete,
-        verdict.problems,
-    )
+    image, references = synthetic.draw(scene, 160), synthetic.describe(scene)
+    words = (caption.pieces, caption.word_probs, caption.score)
+    return Card(image, title, caption.text, references, *words, _right(verdict), verdict.problems)
 
 
 def _mixed(cards: list[Card], n: int) -> list[Card]:

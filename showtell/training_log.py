@@ -79,9 +79,8 @@ class TrainingLog:
 
     def epoch(self, record: dict, epochs: int, device: torch.device) -> None:
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
-        memory = ""
-        if device.type == "cuda":
-            memory = f", GPU memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MB"
+        gpu = device.type == "cuda"
+        memory = f", GPU memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MB" if gpu else ""
         line = (
             f"Epoch [{record['epoch']}/{epochs}], train perplexity {record['train_perplexity']:.3f}, "
             f"validation loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.3f}, {scores}, "
@@ -98,8 +97,8 @@ class TrainingLog:
                 self.board.add_scalar(f"val/{name}", value, record["epoch"])
 
 
-def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
-    """Plot loss and perplexity of every epoch, training and validation, as a PNG."""
+def curves(history: Sequence[dict]) -> tuple[Curve, Curve]:
+    """Return the loss and the perplexity of every epoch, training and validation."""
 
     def series(kind: str) -> dict[str, list[tuple[float, float]]]:
         return {
@@ -107,8 +106,10 @@ def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
             for name, part in (("training", "train"), ("validation", "val"))
         }
 
-    curves = [
-        Curve("Loss", series("loss"), "epoch", "nats per word"),
-        Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True),
-    ]
-    write_curve(path, curves)
+    loss = Curve("Loss", series("loss"), "epoch", "nats per word")
+    return loss, Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True)
+
+
+def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:
+    """Plot the `curves` as a PNG."""
+    write_curve(path, curves(history))
