@@ -110,12 +110,8 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open or create the cache of a backbone and a transform inside `folder`, which holds many.
 
-        Args:
-            folder: any folder; it is created if it does not exist.
-            backbone: a frozen one, which is neither moved nor changed.
-            transform: a deterministic one with square output.
-            precision: of the computation, `"float32"` or `"bfloat16"` (about twice as fast on hardware that has it,
-                and exact to two or three digits); the features are stored in half precision either way.
+        The `precision` of the computation is `"float32"` or `"bfloat16"` (about twice as fast on hardware that has it,
+        exact to two or three digits); features are stored in half precision either way. The backbone stays as it is.
 
         Raises:
             UserError: the backbone trains, or the transform is random or keeps an image's proportions.
@@ -249,13 +245,13 @@ class FeatureCache:
         another process is building this cache, wait for it.
 
         Args:
-            caption_set: the images.
             num_workers: threads that read images while the network runs, at least one.
             device: where a copy of the backbone computes.
             progress: whether to write the size and a bar to standard error.
             max_broken: the number of images that may be unreadable.
 
-        Returns one sentence for each image that could not be read and has no row.
+        Returns:
+            one sentence for each image that could not be read; it has no row.
 
         Raises:
             UserError: too little disk space, too many images or all of them are unreadable, or half precision cannot
@@ -276,19 +272,16 @@ class FeatureCache:
                         return []
                     return self._append(caption_set, missing, num_workers, device, progress, max_broken)
                 except OSError as error:
-                    raise UserError(
-                        f"cannot write the features to {self.folder}: {error.strerror or error}; free space or choose "
-                        "another folder, and run the same command again: it continues where it stopped"
-                    ) from error
+                    remedy = "free space or choose another folder; the same command continues where it stopped"
+                    raise UserError(f"cannot write to {self.folder}: {error.strerror or error}; {remedy}") from error
                 finally:
                     self._forget()
         except OSError as error:  # a read-only folder has no lock, and needs none if it is complete
             images = [i for batch in self._stream(caption_set, missing, num_workers) for i in batch]
             if any(image.error is None for image in images):
-                raise UserError(
-                    f"{self.folder} lacks the features of {len(missing):,} images and cannot be written to "
-                    f"({error.strerror or error}); make it writable, or choose another folder"
-                ) from error
+                what = f"{self.folder} lacks the features of {len(missing):,} images and cannot be written to"
+                reason = error.strerror or error
+                raise UserError(f"{what} ({reason}); make it writable, or choose another folder") from error
             return [str(image.error) for image in images]
 
     def _missing_on_disk(self, caption_set: CaptionSet) -> list[int]:
@@ -346,10 +339,8 @@ class FeatureCache:
             with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
                 features = backbone(images)
             if not (half := features.half()).isfinite().all():
-                raise UserError(
-                    f"the features of {backbone.name} reach {features.abs().max():.3g}, and the cache's half precision "
-                    "ends at 65504; train from images without a cache, or choose another backbone"
-                )
+                reached = f"the features of {backbone.name} reach {features.abs().max():.3g}"
+                raise UserError(f"{reached}, half precision ends at 65504; use no cache, or another backbone")
             return half.cpu().numpy().astype("<f2", copy=False)
 
         return compute
@@ -423,7 +414,5 @@ def _too_many_broken(names: list[str], n_images: int, max_broken: int) -> UserEr
     shown = ", ".join(names[:20]) + (f" and {len(names) - 20:,} more" if len(names) > 20 else "")
     if len(names) == n_images:
         return UserError(f"none of the {n_images:,} images can be read ({shown}); check the folder they are in")
-    return UserError(
-        f"{len(names):,} of {n_images:,} images cannot be read, and at most {max_broken:,} may be skipped ({shown}); "
-        "repair or remove them, or allow more with max_broken"
-    )
+    count = f"{len(names):,} of {n_images:,} images cannot be read, and at most {max_broken:,} may be skipped"
+    return UserError(f"{count} ({shown}); repair or remove them, or raise max_broken")

@@ -59,10 +59,9 @@ def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -
 
 @contextlib.contextmanager
 def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[None]:
-    """Hold a folder for one writer; the operating system releases it when the process ends, killed or not.
+    """Hold a folder, made if missing, for one writer; the system releases it when the process ends, killed or not.
 
     Args:
-        folder: created if it does not exist.
         doing: what the holder does, for the message that another process gets: "is training in".
         wait: whether to wait for another process, with a note on standard error, rather than raise.
 
@@ -121,11 +120,7 @@ def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> Non
 
 
 def require_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
-    """Raise before a long write that the disk has no space for.
-
-    Raises:
-        UserError: the disk of `folder` has less than `needed_bytes` free.
-    """
+    """Raise a `UserError` before a long write if the disk of `folder` has less than `needed_bytes` free."""
     folder = Path(folder).absolute()
     while not folder.exists():
         folder = folder.parent

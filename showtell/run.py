@@ -83,19 +83,15 @@ def read_run(
     try:
         own, run = Recipe(**state["recipe"]), Run(**state["run"])
     except TypeError as error:
-        raise UserError(
-            f"{path} was written by showtell {state.get('showtell')}, with settings that this one ({__version__}) does "
-            "not know; resume with that version, or start a new run with another --out"
-        ) from error
+        versions = f"showtell {state.get('showtell')}, with settings that this one ({__version__}) does not know"
+        raise UserError(f"{path} is of {versions}; resume with that version, or start a new run") from error
     old = own.to_dict() | asdict(run)
     new = (recipe_named(recipe) if recipe else own).with_settings(settings or {}).to_dict()
     new |= {name: value for name, value in changes.items() if name not in MAY_CHANGE}
     if different := [name for name, value in new.items() if value != old.get(name)]:
         listed = ", ".join(f"{name} from {old.get(name)} to {new[name]}" for name in different)
-        raise UserError(
-            f"--resume continues with the settings in {out}, and these flags would change {listed}; leave them out, or "
-            "start a new run with another --out"
-        )
+        flags = f"--resume continues with the settings in {out}, and these flags would change {listed}"
+        raise UserError(f"{flags}; leave them out, or start a new run with another --out")
     return own, replace(run, out=str(out), **changes), state
 
 

@@ -63,12 +63,7 @@ class Trainer:
     ) -> None:
         """Open the data, and build the vocabulary and the model; nothing is computed or written yet.
 
-        Args:
-            recipe: how the model learns.
-            run: on which data, and where.
-            train_set: used instead of opening the run's data set.
-            val_set: likewise for validation.
-            state: what `resume` read from a stopped run.
+        Open sets replace those of the run's data set; `state` is what `resume` read from a stopped run.
 
         Raises:
             UserError: settings or data that cannot be used, or a run folder that holds another run.
@@ -87,10 +82,9 @@ class Trainer:
         self.vocab = Vocabulary.build(self.train_set.all_captions(), recipe.threshold, recipe.tokenizer)
         self.data = _digest(self.train_set, self.val_set)
         if state and (self.data, self.vocab.to_dict()) != (state.get("data"), state.get("vocabulary")):
-            raise UserError(
-                f"the images or captions of {run.data_dir or run.dataset} have changed since {self.out} was started; "
-                "restore them, or start a new run with another --out"
-            )
+            data = f"the images or captions of {run.data_dir or run.dataset}"
+            remedy = "restore them, or start a new run with another --out"
+            raise UserError(f"{data} have changed since {self.out} was started; {remedy}")
         self.transform = recipe.transform()
         self.model = CaptionModel(recipe.model_config(len(self.vocab)), None if state or run.init else run.weights)
         if run.init and not state:
@@ -129,10 +123,8 @@ class Trainer:
 
         Args:
             out: the run folder.
-            train_set: used instead of opening the run's data set again.
-            val_set: likewise for validation.
-            recipe: the name of the run's recipe, if it is given again.
-            settings: settings of the recipe that are given again.
+            train_set, val_set: used instead of opening the run's data set again.
+            recipe, settings: name and settings of the recipe, if given again; they must be those of the run.
             changes: attributes of `Run`: new values for those in `MAY_CHANGE`; the others must be as in the run.
 
         Raises:
@@ -176,10 +168,9 @@ class Trainer:
         notes = self.recipe.unused_settings() + self.vocab.concerns(self.train_set.all_captions())
         if n_cut := self.loader.dataset.n_cut + self.val_loader.dataset.n_cut:
             notes.append(f"{n_cut:,} captions have over {MAX_WORDS} words and are cut to that")
-        if self.warmup < self.recipe.warmup:
+        if self.warmup < (asked := self.recipe.warmup):
             notes.append(
-                f"warmup={self.recipe.warmup} is shortened to {self.warmup}, a tenth of the run's "
-                f"{self.total_steps:,} steps"
+                f"warmup={asked} is shortened to {self.warmup}, a tenth of the run's {self.total_steps:,} steps"
             )
         return notes
 
@@ -206,9 +197,7 @@ class Trainer:
     def fit(self, on_epoch: Callable[[dict], None] | None = None, progress: bool = True) -> list[dict]:
         """Train to the last epoch, or until validation has not improved for `patience` epochs.
 
-        Args:
-            on_epoch: called after each epoch with its record, which is also in `history`.
-            progress: whether to show a bar with loss, perplexity and captions per second.
+        `on_epoch` is called after each epoch with its record, which is also in `history`.
 
         Raises:
             Stopped: Ctrl-C or SIGTERM came; the run is saved.
@@ -229,7 +218,8 @@ class Trainer:
             write_json(self.out / "run.json", {"recipe": self.recipe.to_dict(), "run": asdict(self.run)})
             if self.history and not self.step:
                 self._save_models()  # unless they are there: the last save may have been killed half way
-            while self.epoch < self.recipe.epochs and not self._out_of_patience():
+            patience = self.run.patience or math.inf
+            while self.epoch < self.recipe.epochs and self.epoch - self.best_epoch < patience:
                 self._stop_if_asked()
                 try:
                     record = self._train_epoch(log, progress) | self._validate()
@@ -321,10 +311,9 @@ class Trainer:
         recipe = self.recipe
         loss = mean_loss(self.model, self.val_loader, self.device, self._stop_if_asked)
         options = DecodingOptions.of(self.vocab, length_penalty=recipe.length_penalty, max_len=recipe.max_len)
-        found = write_captions(
-            self.model, self.scored_loader, options, recipe.beam_size, self.device, self._stop_if_asked
-        )
-        references = self.scored_loader.dataset.caption_set.references()
+        loader = self.scored_loader
+        found = write_captions(self.model, loader, options, recipe.beam_size, self.device, self._stop_if_asked)
+        references = loader.dataset.caption_set.references()
         captions = {i: self.vocab.decode(h.ids) for i, h in found.items()}
         scores = metrics.score({i: references[i] for i in captions}, captions).corpus
         return {
@@ -345,9 +334,6 @@ class Trainer:
         self._save_models()
         draw_curve(self.out / "curve.png", self.history)
 
-    def _out_of_patience(self) -> bool:
-        return bool(self.run.patience) and self.epoch - self.best_epoch >= self.run.patience
-
     def _save_models(self) -> None:
         """Write the model of the epoch that has just ended, as `last` and perhaps `best`, where it is not there yet."""
         record = self.history[-1]
@@ -366,32 +352,17 @@ class Trainer:
         """Write `resume.pt`, which holds all that is needed to continue after this step."""
         needed = 3 * sum(p.nbytes for p in self.model.parameters())  # Adam keeps two numbers per parameter
         require_free_space(self.out, needed, f"saving {self.out / 'resume.pt'}")
-        save_resume(
-            self.out / "resume.pt",
-            {
-                "showtell": __version__,
-                "recipe": self.recipe.to_dict(),
-                "run": asdict(self.run),
-                "data": self.data,
-                "vocabulary": self.vocab.to_dict(),
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "generators": generator_states(self.device),
-                "epoch": self.epoch,
-                "step": self.step,
-                "totals": asdict(self.totals),
-                "history": self.history,
-                "best": [self.best, self.best_epoch],
-                "log": log_sizes(self.out),
-            },
-        )
+        state = {"showtell": __version__, "recipe": self.recipe.to_dict(), "run": asdict(self.run)}
+        state |= {"data": self.data, "vocabulary": self.vocab.to_dict(), "generators": generator_states(self.device)}
+        state |= {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler")}
+        state |= {"epoch": self.epoch, "step": self.step, "totals": asdict(self.totals), "log": log_sizes(self.out)}
+        state |= {"history": self.history, "best": [self.best, self.best_epoch]}
+        save_resume(self.out / "resume.pt", state)
 
     def _restore(self, state: dict) -> None:
         try:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
+            for part in ("model", "optimizer", "scheduler"):
+                getattr(self, part).load_state_dict(state[part])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.totals = Totals(**state["totals"])
             self.best, self.best_epoch = state["best"]
@@ -425,10 +396,9 @@ class Trainer:
         """Save and raise if a signal came; stopped in validation, the epoch is resumed after its last step."""
         if self.stop_signal:
             self.save_resume()
-            raise Stopped(
-                f"stopped in epoch {self.epoch + 1} after step {self.step}, and saved; "
-                f"to continue, type: showtell train --resume --out {shlex.quote(str(self.out))}"
-            )
+            command = f"showtell train --resume --out {shlex.quote(str(self.out))}"
+            where = f"epoch {self.epoch + 1} after step {self.step}"
+            raise Stopped(f"stopped in {where}, and saved; to continue, type: {command}")
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:

@@ -508,9 +508,7 @@ def test_a_disk_that_fills_up_during_the_build_is_reported(images, backbone, cac
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(
-        UserError, match=r"cannot write the features to .*: No space left on device; .* continues where"
-    ):
+    with pytest.raises(UserError, match=r"cannot write to .*: No space left on device; .* continues where"):
         cache.build(images, progress=False)
     monkeypatch.setattr(os, "fsync", fsync)
     assert calls
