@@ -199,10 +199,8 @@ class EpochSampler(Sampler[list[int]]):
         self, batch_size: int, seed: int = 0, shuffle: bool = True, rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world_size:
-            raise UserError(
-                f"batch_size={batch_size}, rank={rank}, world_size={world_size} is out of range; "
-                "give batch_size >= 1 and 0 <= rank < world_size"
-            )
+            given = f"batch_size={batch_size}, rank={rank}, world_size={world_size}"
+            raise UserError(f"{given} is out of range; give batch_size >= 1 and 0 <= rank < world_size")
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch = self.skip = 0
@@ -359,10 +357,8 @@ class CaptionLoader(DataLoader):
                     warnings.warn(f"left out: {sample.reason}", stacklevel=2)
             if len(self.broken) > self.max_broken:
                 listed = "\n".join(f"  {reason}" for reason in self.broken.values())
-                raise UserError(
-                    f"{len(self.broken)} images cannot be read, more than the {self.max_broken} allowed; "
-                    f"repair or remove them, or raise max_broken:\n{listed}"
-                )
+                count = f"{len(self.broken)} images cannot be read, more than the {self.max_broken} allowed"
+                raise UserError(f"{count}; repair or remove them, or raise max_broken:\n{listed}")
             if images is not None:
                 yield images, captions
 
@@ -420,7 +416,6 @@ def get_loader(
             project, which is only read.
         start_word, end_word, unk_word: accepted for the course's notebooks; the defaults are the only values.
         vocab_from_file: whether to load the vocabulary rather than build it from the training captions.
-        num_workers: loader processes; 0 loads in this process.
         cocoapi_loc: the folder that holds the course's `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
         dataset: a reader of `showtell.datasets`, or an open `CaptionSet`.
         data_dir, split: its folder and split; by default the mode's split, and `val` for COCO's test images, which have
@@ -471,11 +466,8 @@ def _vocabulary(
     words = [word for text in islice(caption_set.all_captions(), 1000) for word in vocab.tokenize(text)]
     known = sum(word in vocab for word in words) / max(1, len(words))
     if known < 0.8:
-        warnings.warn(
-            f"the vocabulary {path} knows {known:.0%} of these captions' words; it was made for other data: "
-            "build one with vocab_from_file=False",
-            stacklevel=3,
-        )
+        reason = f"the vocabulary {path} knows {known:.0%} of these captions' words; it was made for other data"
+        warnings.warn(f"{reason}: build one with vocab_from_file=False", stacklevel=3)
     return vocab
 
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch.utils.data import SequentialSampler, SubsetRandomSampler
+from torchvision import transforms
 
 from showtell import data_loader, datasets, synthetic
 from showtell.backbones import Backbone
@@ -49,7 +51,6 @@ def vocab(scenes) -> Vocabulary:
 @pytest.fixture
 def images(tmp_path, scenes) -> CaptionSet:
     """Ten scenes as PNG files with their captions."""
-    from PIL import Image
 
     files = [f"{i}.png" for i in range(10)]
     for i, file in enumerate(files):
@@ -112,16 +113,14 @@ def test_every_image_comes_exactly_once(n, batch_size, epoch):
 
 
 def both_samplers(lengths, batch_size, **options):
-    yield LengthBatchSampler(lengths, batch_size, **options)
-    yield ImageBatchSampler(len(lengths), batch_size, **options)
+    return LengthBatchSampler(lengths, batch_size, **options), ImageBatchSampler(len(lengths), batch_size, **options)
 
 
 @given(LENGTHS, st.integers(1, 9), st.integers(1, 12))
 def test_shares_of_processes_are_disjoint_and_complete_even_when_some_are_empty(lengths, batch_size, world_size):
-    wholes = list(both_samplers(lengths, batch_size, seed=5))
+    wholes = both_samplers(lengths, batch_size, seed=5)
     ranks = [both_samplers(lengths, batch_size, seed=5, rank=r, world_size=world_size) for r in range(world_size)]
-    shares = zip(*ranks, strict=True)
-    for whole, parts in zip(wholes, shares, strict=True):
+    for whole, parts in zip(wholes, zip(*ranks, strict=True), strict=True):
         batches = [list(part) for part in parts]
         assert sorted(chain.from_iterable(batches)) == sorted(whole)
         assert [len(part) for part in parts] == [len(b) for b in batches]
@@ -139,10 +138,10 @@ def test_an_epoch_resumed_in_the_middle_gives_its_rest(lengths, batch_size, skip
 
 
 def test_epochs_and_seeds_differ_and_repeat():
-    for make in (lambda **o: LengthBatchSampler([5, 6] * 50, 8, **o), lambda **o: ImageBatchSampler(100, 8, **o)):
+    for kind in (0, 1):
 
-        def epoch(n, make=make, **options):
-            sampler = make(**options)
+        def epoch(n, kind=kind, **options):
+            sampler = both_samplers([5, 6] * 50, 8, **options)[kind]
             sampler.epoch = n
             return list(sampler)
 
@@ -326,18 +325,9 @@ def test_training_is_augmented_anew_every_epoch_and_caption(images, vocab):
 
 
 def test_another_callable_gets_a_pil_image(images, vocab):
-    from PIL import Image
-    from torchvision import transforms
-
-    compose = transforms.Compose(
-        [
-            transforms.Resize(40),
-            transforms.RandomCrop(32),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-        ]
-    )
+    steps = [transforms.Resize(40), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
+    steps += [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    compose = transforms.Compose(steps)
     batch, _ = next(iter(get_loader(compose, batch_size=4, dataset=images, vocab=vocab)))
     assert batch.shape == (4, 3, 32, 32)
     assert batch.dtype == torch.float32
@@ -410,10 +400,8 @@ def test_resuming_in_the_middle_gives_the_rest_of_the_epoch(images, vocab):
 
 def test_processes_share_the_batches_of_one(images, vocab):
     whole = as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab))
-    shares = [
-        as_bytes(get_loader(AUGMENTED, batch_size=4, dataset=images, vocab=vocab, rank=r, world_size=3))
-        for r in range(3)
-    ]
+    options = {"batch_size": 4, "dataset": images, "vocab": vocab, "world_size": 3}
+    shares = [as_bytes(get_loader(AUGMENTED, **options, rank=rank)) for rank in range(3)]
     assert [batch for share in shares for batch in share] == [b for r in range(3) for b in whole[r::3]]
 
 
@@ -485,7 +473,6 @@ def test_broken_images_in_the_other_modes(partly_broken, vocab):
 
 
 def test_an_image_too_thin_for_the_transform_is_named(images, vocab):
-    from PIL import Image
 
     path = Path(images.folder) / "2.png"
     Image.new("RGB", (1, 300)).save(path)
@@ -566,14 +553,8 @@ def coco_2014(tmp_path_factory) -> Path:
 
 
 def test_cocoapi_loc_is_coco_in_that_folder(coco_2014, elsewhere):
-    loader = get_loader(
-        transform=TINY,
-        mode="train",
-        batch_size=4,
-        vocab_threshold=1,
-        vocab_from_file=False,
-        cocoapi_loc=str(coco_2014),
-    )
+    options = {"vocab_threshold": 1, "vocab_from_file": False, "cocoapi_loc": str(coco_2014)}
+    loader = get_loader(transform=TINY, mode="train", batch_size=4, **options)
     captions = loader.dataset.caption_set
     assert (captions.name, captions.split, len(captions)) == ("coco", "train", 12)
     assert captions.path(0).startswith(str(coco_2014 / "cocoapi" / "images" / "train2014"))
@@ -587,10 +568,9 @@ def test_cocoapi_loc_is_coco_in_that_folder(coco_2014, elsewhere):
 
 
 def test_the_synthetic_set_is_the_default_and_follows_the_mode(vocab):
-    for mode, split, n in (("train", "train", 12_000), ("val", "val", 1_000), ("test", "test", 1_000)):
-        if mode != "train":
-            captions = get_loader(TINY, mode, vocab=vocab).dataset.caption_set
-            assert (captions.name, captions.split, len(captions)) == ("synthetic", split, n)
+    for mode in ("val", "test"):
+        captions = get_loader(TINY, mode, vocab=vocab).dataset.caption_set
+        assert (captions.name, captions.split, len(captions)) == ("synthetic", mode, 1_000)
     assert get_loader(TINY, "val", vocab=vocab, split="unseen").dataset.caption_set.split == "unseen"
 
 
@@ -616,7 +596,6 @@ def test_wrong_arguments_get_one_sentence(scenes, vocab, elsewhere, arguments, s
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_cannot_share_a_batch_get_one_sentence(images, vocab, workers):
-    from PIL import Image
 
     Image.new("RGB", (50, 40)).save(Path(images.folder) / "0.png")
     options = {"batch_size": 50, "dataset": images, "vocab": vocab, "group": "image", "num_workers": workers}
