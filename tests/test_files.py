@@ -37,14 +37,9 @@ def test_a_file_appears_whole_in_a_folder_that_is_made(tmp_path):
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, error):
     path = tmp_path / "a.txt"
     path.write_text("old")
-
-    def interrupted():
-        with atomic_path(path) as temporary:
-            temporary.write_text("new")
-            raise error
-
-    with pytest.raises(error):
-        interrupted()
+    with pytest.raises(error), atomic_path(path) as temporary:  # noqa: PT012
+        temporary.write_text("new")
+        raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -187,42 +182,24 @@ def test_the_folder_of_a_killed_holder_is_free_and_one_may_wait_for_that(tmp_pat
 
 def test_a_write_that_the_disk_cannot_hold_is_refused(tmp_path, monkeypatch):
     asked = []
-
-    def usage(folder):
-        asked.append(folder)
-        return SimpleNamespace(free=3 * 2**20)
-
-    monkeypatch.setattr(files.shutil, "disk_usage", usage)
+    usage = SimpleNamespace(free=3 * 2**20)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: asked.append(folder) or usage)
     require_free_space(tmp_path / "not" / "yet" / "there", 3 * 2**20, "a checkpoint")
     with pytest.raises(UserError) as caught:
         require_free_space(tmp_path / "not" / "yet", 2**40, "a cache")
-    assert str(caught.value) == (
-        f"a cache needs 1.0 TB and {tmp_path} has 3.0 MB free; free space there or choose another folder"
-    )
+    free = f"a cache needs 1.0 TB and {tmp_path} has 3.0 MB free; free space there or choose another folder"
+    assert str(caught.value) == free
     assert asked == [tmp_path, tmp_path]  # the first folder that is there
     assert not (tmp_path / "not").exists()
 
 
-@pytest.mark.parametrize(
-    ("n_bytes", "written"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1.0 KB"),
-        (1536, "1.5 KB"),
-        (3 * 2**20, "3.0 MB"),
-        (2.5 * 2**30, "2.5 GB"),
-        (2**40, "1.0 TB"),
-        (2**51, "2048.0 TB"),
-    ],
-)
-def test_sizes_for_people(n_bytes, written):
-    assert readable_size(n_bytes) == written
+def test_sizes_for_people():
+    sizes = [0, 1023, 1024, 1536, 3 * 2**20, 2.5 * 2**30, 2**40, 2**51]
+    written = ["0 bytes", "1023 bytes", "1.0 KB", "1.5 KB", "3.0 MB", "2.5 GB", "1.0 TB", "2048.0 TB"]
+    assert [readable_size(size) for size in sizes] == written
 
 
 def test_a_missing_file_is_also_what_python_calls_it():
     error = MissingFileError("there is no a.txt; check its name")
-    assert isinstance(error, UserError)
-    assert isinstance(error, FileNotFoundError)
-    assert isinstance(error, ValueError)
+    assert all(isinstance(error, kind) for kind in (UserError, FileNotFoundError, ValueError))
     assert str(error) == "there is no a.txt; check its name"
