@@ -97,7 +97,7 @@ class CaptionDataset(Dataset):
         self._lengths_left: Iterator[list[int]] | None = None
 
     def use_features(self, cache: FeatureCache | None, mirror_cache: FeatureCache | None = None) -> None:
-        """Return features from a built cache (and of the mirror images, for a transform that flips), not images."""
+        """Return features of a built cache, or two if the transform flips, in place of images; None undoes this."""
         self.cache, self.mirror_cache = cache, mirror_cache
         self.rows = None if cache is None else cache.rows(self.caption_set)
         self.mirror_rows = None if mirror_cache is None else mirror_cache.rows(self.caption_set)

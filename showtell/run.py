@@ -84,7 +84,7 @@ def read_run(
         own, run = Recipe(**state["recipe"]), Run(**state["run"])
     except TypeError as error:
         versions = f"showtell {state.get('showtell')}, with settings that this one ({__version__}) does not know"
-        raise UserError(f"{path} is of {versions}; resume with that version, or start a new run") from error
+        raise UserError(f"{path} is of {versions}; resume with that version, or give another --out") from error
     old = own.to_dict() | asdict(run)
     new = (recipe_named(recipe) if recipe else own).with_settings(settings or {}).to_dict()
     new |= {name: value for name, value in changes.items() if name not in MAY_CHANGE}
