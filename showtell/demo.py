@@ -21,6 +21,7 @@ from showtell.datasets import SyntheticSet
 from showtell.errors import MissingFileError, UserError
 from showtell.files import lock, write_json
 from showtell.recipes import recipe_named
+from showtell.released import locate
 from showtell.report import Card, Gallery, Tile, write_figure, write_page
 from showtell.train import Run, Trainer
 from showtell.training_log import curves
@@ -107,7 +108,7 @@ def caption_photographs(device: str = "cpu") -> list[Card]:
     folder = Path(package.origin).parent / "data" if package else Path()
     paths = [folder / name for name in PHOTOGRAPHS if package and (folder / name).is_file()]
     try:
-        captioner = load(device=device)
+        captioner = load(locate(download=False), device)
     except MissingFileError:
         return []
     found = ((path, captioner.caption(path)[0]) for path in paths)

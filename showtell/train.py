@@ -178,7 +178,7 @@ class Trainer:
         """Compute the features that the cache lacks, where frozen layers can be cached; called by `fit`."""
         recipe, run = self.recipe, self.run
         frozen = self.model.encoder.backbone.frozen_part()
-        if self.loader.dataset.cache or not run.features or not frozen or recipe.random_crop:
+        if self.loader.dataset.cache is not None or not run.features or not frozen or recipe.random_crop:
             return
 
         def features(mirror: bool, *caption_sets: CaptionSet) -> FeatureCache:
