@@ -7,10 +7,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from test_house import wordings
+
+from showtell.synthetic import export_coco
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("0_Dataset", "1_Preliminaries", "2_Training", "3_Inference", "4_Results")
@@ -113,6 +118,41 @@ def test_one_cell_switches_the_data_set(name: str):
     assert 'DATASET = "synthetic"' in switches[0]
     assert all(f'"{other}"' in switches[0] for other in ("coco", "flickr8k", "folder"))
     assert re.search(r"(?m)^DATA_DIR = ", switches[0])
+    assert re.search(r"(?m)^[A-Z_]*SUBSET = \d.*None", switches[0]), "a subset by default, and how to use all"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_opens_in_colab_and_only_there_installs_anything(name: str, monkeypatch: pytest.MonkeyPatch):
+    notebook, commands = read(name), []
+    link = f"https://colab.research.google.com/github/showtell/showtell/blob/main/{name}.ipynb"
+    badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({link})"
+    assert badge in source(notebook["cells"][0])
+    first = source(cells(notebook, "code")[0])
+    assert "GPU" in first
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command) if check else None)
+    exec(first, {})
+    assert commands == []
+    monkeypatch.setitem(sys.modules, "google.colab", sys)
+    exec(first, {})
+    pull = ["git", "pull", "-q", "--depth", "1", "https://github.com/showtell/showtell", "main"]
+    assert commands == [["git", "init", "-q"], pull, ["pip", "install", "-q", "."]]
+
+
+@pytest.mark.parametrize("name", ["0_Dataset", "3_Inference", "4_Results"])
+def test_it_shows_the_embedded_photographs(name: str):
+    assert any(re.search(r'load\("samples"', source(cell)) for cell in cells(read(name), "code"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_plain_english(name: str):
+    assert {found for cell in read(name)["cells"] for found in wordings(source(cell))} == set()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_have_a_text_for_those_who_cannot_see_them(name: str):
+    texts = "\n".join(source(cell) for cell in cells(read(name), "markdown"))
+    short = [text for text, path in re.findall(r"!\[([^\]]*)\]\(([^)]*)\)", texts) if len(text.split()) < 10]
+    assert [text for text in short if text != "Open in Colab"] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -191,39 +231,71 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.timeout(1800)
-def test_all_five_run_in_order_from_a_clean_state(checkout: Path, monkeypatch: pytest.MonkeyPatch):
-    """What each takes is printed (`pytest -s`); on a busy machine their CPU time is held to the limit instead."""
+def run(folder: Path, name: str, **switches: str) -> np.ndarray:
+    """Execute a notebook in `folder`, its switches changed; return its minutes and those of the CPU."""
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     resource = pytest.importorskip("resource")
-    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel chooses its own, which draws into the notebook
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # and uses the machine as a reader's would
-    took, before = {}, resource.getrusage(resource.RUSAGE_CHILDREN)
-    for name in NAMES:
-        notebook = nbformat.read(checkout / f"{name}.ipynb", as_version=4)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.outputs, cell.execution_count = [], None
-        began = time.monotonic()
-        resources = {"metadata": {"path": str(checkout)}}
-        nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
-        took[name] = time.monotonic() - began
-        print(f"{name}: {took[name]:.0f} s", flush=True)
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                cell.execution_count = None
-                for output in cell.outputs:
-                    output.pop("execution_count", None)
-                assert output_faults(cell) == [], f"{name}: {source(cell)[:200]}"
-        assert len(nbformat.writes(notebook).encode()) <= MAX_BYTES
+    notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            for switch, value in switches.items():
+                cell.source = re.sub(rf"(?m)^{switch} = [^#\n]*", f"{switch} = {value!r}  ", cell.source)
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # of kernels that have ended
-    wall = sum(took.values()) / 60
-    cpu = (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 60
-    print(f"together {wall:.1f} minutes, {cpu:.1f} of CPU")
+    took = time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"{name} {' '.join(switches.values())}: {took[0]:.0f} s, {took[1]:.0f} s of CPU", flush=True)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            for output in cell.outputs:
+                output.pop("execution_count", None)
+            assert output_faults(cell) == [], f"{name}: {source(cell)[:200]}"
+    if not switches:
+        assert len(nbformat.writes(notebook).encode()) <= MAX_BYTES
+    return np.array(took) / 60
+
+
+@pytest.fixture
+def readers_machine(monkeypatch: pytest.MonkeyPatch):
+    """Let the kernel choose its own way of drawing, into the notebook, and its own number of threads."""
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("readers_machine")
+def test_all_five_run_in_order_from_a_clean_state(checkout: Path):
+    """What each takes is printed (`pytest -s`); on a busy machine their CPU time is held to the limit instead."""
+    wall, cpu = sum(run(checkout, name) for name in NAMES)
     assert wall <= MAX_MINUTES or cpu <= 2 * MAX_MINUTES  # of two cores, which others may be using too
     assert (checkout / "runs" / "notebook" / "best.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("readers_machine")
+def test_the_first_notebook_reads_a_coco_folder_without_instances(checkout: Path, tmp_path: Path):
+    export_coco(tmp_path / "coco", n_train=12, n_val=6, size=32)
+    for path in (tmp_path / "coco" / "annotations").glob("instances_*.json"):
+        path.unlink()
+    run(checkout, "0_Dataset", DATASET="coco", DATA_DIR=str(tmp_path / "coco"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["flickr8k", "coco_small"])
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.usefixtures("readers_machine")
+def test_the_first_two_take_less_than_two_minutes_with_photographs(
+    name: str, data: str, checkout: Path, shared_data: Path, weights: Path
+):
+    switches = {"WEIGHTS": str(weights / "resnet50_imagenet_pruned.safetensors")} if name == "1_Preliminaries" else {}
+    switches |= {"DATASET": data.removesuffix("_small"), "DATA_DIR": str(shared_data / data)}
+    wall, cpu = run(checkout, name, **switches)
+    assert wall <= 2 or cpu <= 2 * 2
 
 
 @pytest.mark.slow
