@@ -8,6 +8,7 @@ Shapes: B images, K beams (or samples) per image, N = B*K rows, t words so far, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -251,6 +252,7 @@ def beam_search(
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
 
 
+# `decode` passes a strategy the arguments that its signature names.
 STRATEGIES: dict[str, Callable] = {"beam": beam_search, "greedy": greedy, "sample": sample}
 
 
@@ -275,14 +277,12 @@ def decode(
         UserError: there is no such strategy, an argument is out of range, or the model computes NaN.
     """
     require_strategy(strategy, n, beam_size)
-    arguments = {
-        "beam": {"beam_size": max(beam_size, n), "n_best": n},
-        "greedy": {},
-        "sample": {"n": n, "temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator},
-    }[strategy]
-    found = STRATEGIES[strategy](decoder, features, options, alphas=alphas, **arguments)
-    if strategy == "greedy":
-        found = [[caption] for caption in found]
+    function = STRATEGIES[strategy]
+    arguments = {"beam_size": max(beam_size, n), "n_best": n, "n": n, "generator": generator, "alphas": alphas}
+    arguments |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    accepted = inspect.signature(function).parameters
+    found = function(decoder, features, options, **{name: arguments[name] for name in accepted if name in arguments})
+    found = [[captions] if isinstance(captions, Hypothesis) else captions for captions in found]  # `greedy` gives one
     if not all(captions and math.isfinite(captions[0].score) for captions in found):
         raise UserError("the model computes values that are not finite, so it is damaged; fetch or train it again")
     return found
