@@ -86,7 +86,8 @@ def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 
         The paths of encoder, decoder and vocabulary.
 
     Raises:
-        UserError: the model is not Show and Tell on a torchvision ResNet, for which alone the files have a place.
+        UserError: the model is not Show and Tell on a torchvision ResNet, for which alone the files have a place. The
+            released `showtell-classic-1` is not: the strides of its ResNet are in the 1x1 convolutions.
     """
     config, model = checkpoint.model.config, checkpoint.model
     decoder, backbone = config["decoder"]["name"], model.encoder.backbone.name
@@ -95,10 +96,11 @@ def export_legacy(checkpoint: Checkpoint, folder: str | PathLike, number: int = 
         problem = f"the decoder show-tell, not {decoder!r}"
     elif backbone not in _RESNETS.values():
         problem = f"the backbones {', '.join(_RESNETS.values())}, not {backbone!r}"
-    elif config["encoder"].get("stride_in_1x1"):
-        problem = "torchvision's ResNets with their strides in the 3x3 convolutions, not stride_in_1x1"
+    elif config["encoder"].get("stride_in_1x1"):  # a state dict has no strides, and no 3x3 kernel makes up for them
+        problem = "torchvision's ResNets, with their strides in the 3x3 convolutions, not in the 1x1 (stride_in_1x1)"
     if problem:
-        raise UserError(f"the legacy format supports {problem}; use --format half, or train such a model")
+        remedy = "no released model fits it, and showtell train --recipe classic trains one that does"
+        raise UserError(f"the legacy format supports {problem}; {remedy}")
     state = {name: tensor.detach().float().cpu() for name, tensor in model.encoder.embed.state_dict().items()}
     batch_norm = config["encoder"].get("batch_norm")
     weight, bias = _fold(state, "0.", "1.") if batch_norm else (state["weight"], state["bias"])

@@ -378,10 +378,14 @@ def test_exported_files_load_into_classes_of_other_repositories(tmp_path):
 @pytest.mark.parametrize(
     ("encoder", "decoder", "sentence"),
     [
-        ({}, {"name": "every-step"}, "supports the decoder show-tell, not 'every-step'; use --format half"),
+        ({}, {"name": "every-step"}, "supports the decoder show-tell, not 'every-step'; no released model fits"),
         ({}, {"name": "attend"}, "supports the decoder show-tell, not 'attend'"),
         ({"backbone": "tiny"}, {}, "supports the backbones resnet18, .*resnet152, not 'tiny'"),
-        ({"backbone": "resnet50", "stride_in_1x1": True}, {}, "not stride_in_1x1"),
+        (
+            {"backbone": "resnet50", "stride_in_1x1": True},
+            {},
+            r"not in the 1x1 \(stride_in_1x1\); no released model .* --recipe classic",
+        ),
     ],
 )
 def test_export_refuses_models_that_the_files_cannot_hold(encoder, decoder, sentence, tmp_path):
