@@ -10,7 +10,6 @@ import random
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -22,13 +21,15 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 from showtell import datasets
 from showtell.datasets import CaptionSet
 from showtell.decoders import IGNORE
-from showtell.errors import UserError
+from showtell.errors import MissingFileError, UserError
 from showtell.features import FeatureCache
-from showtell.transforms import BrokenImageError, MissingFileError, Transform, mirror_caption
-from showtell.vocabulary import END, START, UNK, Vocabulary
+from showtell.transforms import BrokenImageError, Transform, mirror_caption
+from showtell.vocabulary import END, START, UNK, Vocabulary, build_file, load_file
 
 GROUPS = ("length", "image")
 MODES = ("train", "val", "test")
+# Where COCO is looked for if no folder is given: that of the course, then those of `showtell download`.
+COCO_FOLDERS = ("/opt/cocoapi", "data/coco", "data/coco2017", "data/coco2014")
 MAX_WORDS = 100  # per caption: one caption of 1,500 words would pad its whole batch to gigabytes
 
 
@@ -184,6 +185,17 @@ class CaptionDataset(Dataset):
                     batch = batch + generator.choice(pool, missing, replace=len(pool) < missing).tolist()
                 yield batch
             sampler.epoch += 1
+
+
+class CoCoDataset(CaptionDataset):
+    """The Udacity course's name for the data set of a loader; only `get_loader` makes one, as a `CaptionDataset`."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Raise a `UserError` that says what to write instead."""
+        raise UserError(
+            "CoCoDataset(…) is made by get_loader here; write "
+            "get_loader(transform, mode, batch_size, vocab_threshold, cocoapi_loc='/opt').dataset"
+        )
 
 
 class EpochSampler(Sampler[list[int]]):
@@ -393,7 +405,7 @@ def get_loader(
     num_workers: int = 0,
     cocoapi_loc: str | PathLike | None = None,
     *,
-    dataset: str | CaptionSet = "synthetic",
+    dataset: str | CaptionSet = "coco",
     data_dir: str | PathLike | None = None,
     split: str | None = None,
     vocab: Vocabulary | None = None,
@@ -412,14 +424,14 @@ def get_loader(
             fixed order; `"test"`: (original image, image), one at a time.
         batch_size: captions (or images, by `group`) per batch.
         vocab_threshold: for a new vocabulary (default 5); compared with that of a loaded one.
-        vocab_file: where the vocabulary is read from, or written to if it is new; by default `vocab.pkl` of this
-            project, which is only read.
+        vocab_file: where the vocabulary is read from, or written to if it is new. By default, a new one is written to
+            `runs/vocab.pkl`, and `showtell.vocabulary.default_vocab_file` says which one is read.
         start_word, end_word, unk_word: accepted for the course's notebooks; the defaults are the only values.
-        vocab_from_file: whether to load the vocabulary rather than build it from the training captions.
+        vocab_from_file: whether to load the vocabulary rather than build it from the training captions and save it.
         cocoapi_loc: the folder that holds the course's `cocoapi/`; the same as `dataset="coco"` and that `data_dir`.
         dataset: a reader of `showtell.datasets`, or an open `CaptionSet`.
-        data_dir, split: its folder and split; by default the mode's split, and `val` for COCO's test images, which have
-            no captions.
+        data_dir, split: its folder and split; by default the first of `COCO_FOLDERS`, and the mode's split (`val` for
+            COCO's test images, which have no captions).
         vocab: an open vocabulary, instead of `vocab_file`. group: `"length"` or `"image"`, see the module.
         seed: random seed of shuffling and augmentation. shuffle: by default in all modes but `"val"`.
         rank, world_size: this process, and the number of processes that share an epoch.
@@ -439,12 +451,14 @@ def get_loader(
         raise UserError(f"a vocabulary is built from training captions only; use vocab_from_file=True in mode={mode!r}")
     if cocoapi_loc is not None:
         dataset, data_dir = "coco", Path(cocoapi_loc) / "cocoapi"
+    elif dataset == "coco" and data_dir is None:
+        data_dir = _find_coco()
     caption_set = dataset
     if not isinstance(dataset, CaptionSet):
         split = split or ("val" if (dataset, mode) == ("coco", "test") else mode)
         caption_set = datasets.load(dataset, data_dir, split)
     if vocab is None:
-        vocab = _vocabulary(caption_set, vocab_threshold, vocab_file, vocab_from_file)
+        vocab = (load_file if vocab_from_file else build_file)(caption_set.all_captions, vocab_threshold, vocab_file)
     samples = CaptionDataset(caption_set, vocab, transform, mode, group, batch_size, seed)
     if samples.n_cut:
         warnings.warn(f"{samples.n_cut} captions have over {MAX_WORDS} words and are cut to that", stacklevel=2)
@@ -453,26 +467,12 @@ def get_loader(
     return CaptionLoader(samples, batch_size, num_workers, max_broken, **options)
 
 
-def _vocabulary(
-    caption_set: CaptionSet, threshold: int | None, path: str | PathLike | None, from_file: bool
-) -> Vocabulary:
-    if not from_file:
-        vocab = Vocabulary.build(caption_set.all_captions(), 5 if threshold is None else threshold, "treebank")
-        if path is not None:
-            vocab.save(path)
-        return vocab
-    path = Path(path) if path is not None else default_vocab_file()
-    vocab = Vocabulary.load(path, threshold)
-    words = [word for text in islice(caption_set.all_captions(), 1000) for word in vocab.tokenize(text)]
-    known = sum(word in vocab for word in words) / max(1, len(words))
-    if known < 0.8:
-        reason = f"the vocabulary {path} knows {known:.0%} of these captions' words; it was made for other data"
-        warnings.warn(f"{reason}: build one with vocab_from_file=False", stacklevel=3)
-    return vocab
-
-
-def default_vocab_file() -> Path:
-    """Return `vocab.pkl` in the current folder, or else that of the installed package or this checkout."""
-    package = Path(__file__).resolve().parent
-    places = (Path("vocab.pkl"), package / "vocab.pkl")
-    return next((path for path in places if path.is_file()), package.parent / "vocab.pkl")
+def _find_coco() -> str:
+    """Return the first of `COCO_FOLDERS` that is there."""
+    if found := next((folder for folder in COCO_FOLDERS if Path(folder, "annotations").is_dir()), None):
+        return found
+    raise MissingFileError(
+        f"COCO is in none of {', '.join(COCO_FOLDERS)}; type showtell download coco2017 (or coco2014), pass the folder "
+        "of a copy elsewhere as data_dir= (or the one above it, if it is called cocoapi, as cocoapi_loc=), or pass "
+        'dataset="synthetic" for drawn shapes'
+    )

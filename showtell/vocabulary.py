@@ -11,11 +11,12 @@ import pickle
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
-from showtell.errors import UserError
+from showtell.errors import UserError, print_text
 from showtell.files import atomic_path, require_regular_file
 from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 
@@ -23,6 +24,10 @@ START, END, UNK = "<start>", "<end>", "<unk>"
 _SPECIALS = frozenset({START, END, UNK, "<pad>"})  # "<pad>" occurs only in vocabularies of other projects
 _FORMAT = "showtell-vocabulary"
 _BUILD = "build one with Vocabulary.build(captions).save(…)"
+BUILT_FILE = Path("runs", "vocab.pkl")  # of the user: git ignores runs/
+_PACKAGE = Path(__file__).resolve().parent
+_OWN_FILES = (_PACKAGE / "vocab.pkl", _PACKAGE.parent / "vocab.pkl")  # of the installed package and of the checkout
+_built: tuple[Path, Vocabulary] | None = None  # what `build_file` saved last in this process, and where
 
 
 class Vocabulary:
@@ -38,9 +43,22 @@ class Vocabulary:
     start_word, end_word, unk_word = START, END, UNK
 
     def __init__(
-        self, words: Sequence[str] = (START, END, UNK), threshold: int | None = None, tokenizer: str = DEFAULT_TOKENIZER
+        self,
+        words: Sequence[str] = (START, END, UNK),
+        threshold: int | None = None,
+        tokenizer: str = DEFAULT_TOKENIZER,
+        *course: object,
+        **course_names: object,
     ) -> None:
-        """Create a vocabulary of exactly `words`, the special ones included; their ids are their positions."""
+        """Create a vocabulary of exactly `words`, the special ones included; their ids are their positions.
+
+        The arguments of the Udacity course's class raise a `UserError` that says what to write instead.
+        """
+        if course or course_names or isinstance(words, int):
+            raise UserError(
+                "Vocabulary(…) takes words, not the course's arguments; write Vocabulary.load('vocab.pkl') to read a "
+                "file, or Vocabulary.build(captions, threshold=5, tokenizer='treebank') to make one, and its save(path)"
+            )
         if tokenizer not in TOKENIZERS:
             raise UserError(f"no tokeniser is called {tokenizer!r}; choose one of {', '.join(sorted(TOKENIZERS))}")
         self.word2idx: dict[str, int] = {}
@@ -81,6 +99,17 @@ class Vocabulary:
             if count >= threshold:
                 vocab.add_word(word)
         return vocab
+
+    def extended(self, other: Vocabulary) -> Vocabulary:
+        """Return these words with their ids, followed by those that only `other` has; the threshold is that of `other`.
+
+        Raises:
+            UserError: their tokenisers differ.
+        """
+        if self.tokenizer != other.tokenizer:
+            given = f"the model's vocabulary has the tokeniser {self.tokenizer!r} and the new one {other.tokenizer!r}"
+            raise UserError(f"{given}; add --set tokenizer={self.tokenizer}, or --new-vocabulary to drop the model's")
+        return Vocabulary(list(self.word2idx | other.word2idx), other.threshold, self.tokenizer)
 
     def concerns(self, captions: Iterable[str]) -> list[str]:
         """Describe what is wrong with this vocabulary for training on `captions`, in sentences to print first.
@@ -174,10 +203,8 @@ class Vocabulary:
             temporary.write_bytes(pickle.dumps({"format": _FORMAT, "version": 1, **self.to_dict()}, protocol=4))
 
     @classmethod
-    def load(cls, path: str | PathLike, threshold: int | None = None) -> Vocabulary:
+    def load(cls, path: str | PathLike) -> Vocabulary:
         """Read a file of `save`, or another captioning repository's pickled `Vocabulary` object, without running code.
-
-        Warn if the file was built with another threshold than `threshold`.
 
         Raises:
             MissingFileError: there is no such file.
@@ -192,11 +219,7 @@ class Vocabulary:
             raise UserError(f"{path} is not a plain vocabulary: {reason}; {_BUILD}") from None
         except Exception as error:  # a damaged pickle can fail in any way; nothing was executed
             raise UserError(f"{path} is damaged or not a pickle ({type(error).__name__}); {_BUILD}") from error
-        vocab = cls._from_pickle(content, path)
-        if threshold is not None and vocab.threshold is not None and threshold != vocab.threshold:
-            built = f"{path} was built with threshold {vocab.threshold}, not {threshold}"
-            warnings.warn(f"{built}; its words are used (to change the threshold, build it again)", stacklevel=2)
-        return vocab
+        return cls._from_pickle(content, path)
 
     @classmethod
     def _from_pickle(cls, content: object, path: Path) -> Vocabulary:
@@ -219,6 +242,66 @@ class Vocabulary:
             return cls(words, threshold if isinstance(threshold, int) else None, tokenizer)
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from None
+
+
+def build_file(
+    captions: Callable[[], Iterable[str]], threshold: int | None, path: str | PathLike | None = None
+) -> Vocabulary:
+    """Build a vocabulary as the Udacity course does, save it to `path` (default `runs/vocab.pkl`), and print where.
+
+    Raises:
+        UserError: `path` is showtell's own `vocab.pkl`; to replace that one, use `Vocabulary.save`.
+    """
+    global _built
+    path = BUILT_FILE if path is None else Path(path)
+    if path.resolve() in _OWN_FILES:
+        given = f"{path} is showtell's own vocabulary and is not replaced"
+        raise UserError(f"{given}; give another vocab_file, or leave it out to save in {BUILT_FILE}")
+    vocab = Vocabulary.build(captions(), 5 if threshold is None else threshold, "treebank")
+    vocab.save(path)
+    _built = path.absolute(), vocab
+    print_text(f"vocabulary of {len(vocab):,} words (threshold {vocab.threshold}) saved in {path}")
+    return vocab
+
+
+def load_file(
+    captions: Callable[[], Iterable[str]], threshold: int | None, path: str | PathLike | None = None
+) -> Vocabulary:
+    """Load a vocabulary for `captions`; where no `path` is given, print which one it is.
+
+    Warn, with the numbers of words of both, if it is not the one that `build_file` made in this process, or if its
+    threshold is not `threshold`; and if it has less than 80 % of the words of the captions.
+    """
+    file = default_vocab_file() if path is None else Path(path)
+    vocab = Vocabulary.load(file)
+    size = f"{len(vocab):,} words (threshold {vocab.threshold})"
+    if path is None:
+        print_text(f"vocabulary of {size} loaded from {file}")
+    if _built and vocab != _built[1]:
+        built = f"{len(_built[1]):,} (threshold {_built[1].threshold}) that were built in this process"
+        remedy = f"to load those, pass vocab_file={str(_built[0])!r}"
+        warnings.warn(f"{file} has {size}, not the {built}; {remedy}", stacklevel=3)
+    if threshold is not None and vocab.threshold not in (None, threshold):
+        other = len(Vocabulary.build(captions(), threshold, vocab.tokenizer))
+        counts = f"it has {len(vocab):,} words, and these captions give {other:,} with threshold {threshold}"
+        given = f"{file} was built with threshold {vocab.threshold}, not {threshold}: {counts}"
+        warnings.warn(f"{given}; to build it again, pass vocab_from_file=False", stacklevel=3)
+    words = [word for text in islice(captions(), 1000) for word in vocab.tokenize(text)]
+    known = sum(word in vocab for word in words) / max(1, len(words))
+    if known < 0.8:
+        reason = f"the vocabulary {file} knows {known:.0%} of these captions' words; it was made for other data"
+        warnings.warn(f"{reason}: build one with vocab_from_file=False", stacklevel=3)
+    return vocab
+
+
+def default_vocab_file() -> Path:
+    """Return the vocabulary to load where none is named.
+
+    It is the one that was built last in this process; or else `runs/vocab.pkl`, or `vocab.pkl`, in the current folder;
+    or else that of the installed package or this checkout.
+    """
+    places = [*([_built[0]] if _built else []), BUILT_FILE, Path("vocab.pkl"), *_OWN_FILES]
+    return next((path for path in places if path.is_file()), _OWN_FILES[-1])
 
 
 # The spaces to remove from words joined by spaces: before what attaches to the left, after what attaches to the right.

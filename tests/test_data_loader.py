@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import SequentialSampler, SubsetRandomSampler
 from torchvision import transforms
 
-from showtell import data_loader, datasets, synthetic
+from showtell import data_loader, datasets, synthetic, vocabulary
 from showtell.backbones import Backbone
 from showtell.data_loader import (
     Broken,
@@ -25,7 +25,6 @@ from showtell.data_loader import (
     ImageBatchSampler,
     LengthBatchSampler,
     collate,
-    default_vocab_file,
     get_loader,
 )
 from showtell.datasets import CaptionSet
@@ -33,7 +32,7 @@ from showtell.decoders import IGNORE
 from showtell.errors import MissingFileError, UserError
 from showtell.features import FeatureCache
 from showtell.transforms import TINY, Transform
-from showtell.vocabulary import Vocabulary
+from showtell.vocabulary import Vocabulary, default_vocab_file
 
 AUGMENTED = Transform(resize=40, crop=32, random_crop=True, flip=True)
 
@@ -484,7 +483,8 @@ def test_an_image_too_thin_for_the_transform_is_named(images, vocab):
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch) -> Path:
-    """An empty current folder."""
+    """An empty current folder, and no vocabulary built in this process."""
+    monkeypatch.setattr(vocabulary, "_built", None)
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -496,11 +496,12 @@ def checkouts_vocabulary() -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def test_a_new_vocabulary_is_written_only_to_a_path_that_was_asked_for(scenes, elsewhere):
+def test_a_new_vocabulary_is_written_to_runs_or_to_the_path_that_was_asked_for(scenes, elsewhere):
     before = checkouts_vocabulary()
     loader = get_loader(TINY, dataset=scenes, vocab_threshold=2, vocab_from_file=False)
     assert loader.dataset.vocab == Vocabulary.build(scenes.all_captions(), 2, "treebank")
-    assert list(elsewhere.iterdir()) == []
+    assert [path for path in elsewhere.rglob("*") if path.is_file()] == [elsewhere / "runs" / "vocab.pkl"]
+    assert Vocabulary.load("runs/vocab.pkl") == loader.dataset.vocab
     assert checkouts_vocabulary() == before
     assert get_loader(TINY, dataset=scenes, vocab_from_file=False).dataset.vocab.threshold == 5  # the default
     loader = get_loader(TINY, dataset=scenes, vocab_threshold=3, vocab_file="./vocab.pkl", vocab_from_file=False)
@@ -519,7 +520,7 @@ def test_a_vocabulary_is_read_and_its_threshold_compared(scenes, elsewhere):
         assert get_loader(TINY, dataset=scenes).dataset.vocab == built
         assert get_loader(TINY, dataset=scenes, vocab_threshold=2, vocab_from_file=True).dataset.vocab == built
         assert get_loader(TINY, dataset=scenes, vocab_file=elsewhere / "vocab.pkl").dataset.vocab == built
-    with pytest.warns(UserWarning, match="threshold 2, not 5"):
+    with pytest.warns(UserWarning, match=r"threshold 2, not 5: it has \d+ words, and these captions give \d+ with"):
         assert get_loader(TINY, dataset=scenes, vocab_threshold=5).dataset.vocab == built
     assert (elsewhere / "vocab.pkl").read_bytes() == written
 
@@ -567,11 +568,12 @@ def test_cocoapi_loc_is_coco_in_that_folder(coco_2014, elsewhere):
     assert by_name.dataset.caption_set.captions == other.dataset.caption_set.captions
 
 
-def test_the_synthetic_set_is_the_default_and_follows_the_mode(vocab):
+def test_the_split_follows_the_mode(vocab):
+    drawn = {"dataset": "synthetic", "vocab": vocab}
     for mode in ("val", "test"):
-        captions = get_loader(TINY, mode, vocab=vocab).dataset.caption_set
+        captions = get_loader(TINY, mode, **drawn).dataset.caption_set
         assert (captions.name, captions.split, len(captions)) == ("synthetic", mode, 1_000)
-    assert get_loader(TINY, "val", vocab=vocab, split="unseen").dataset.caption_set.split == "unseen"
+    assert get_loader(TINY, "val", split="unseen", **drawn).dataset.caption_set.split == "unseen"
 
 
 @pytest.mark.parametrize(
@@ -584,7 +586,7 @@ def test_the_synthetic_set_is_the_default_and_follows_the_mode(vocab):
         ({"group": "word"}, r"groups are \('length', 'image'\)"),
         ({"batch_size": 0}, "give batch_size >= 1"),
         ({"dataset": "imagenet"}, "no data set 'imagenet'; choose one of coco"),
-        ({"dataset": "coco"}, "needs the folder it is in; give data_dir"),
+        ({"dataset": "flickr8k"}, "needs the folder it is in; give data_dir"),
         ({"cocoapi_loc": "nowhere"}, "no folder nowhere"),
     ],
 )

@@ -12,7 +12,6 @@ import struct
 import sys
 import time
 import types
-import warnings
 from itertools import accumulate, chain, islice, repeat
 
 import pytest
@@ -262,13 +261,14 @@ def test_a_failing_write_leaves_the_old_file(vocab, path, monkeypatch):
     assert os.listdir(path.parent) == ["vocab.pkl"]
 
 
-def test_a_threshold_other_than_the_files_is_warned_about(vocab, path):
-    vocab.save(path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert Vocabulary.load(path, threshold=1) == vocab
-    with pytest.warns(UserWarning, match="built with threshold 1, not 5"):
-        assert Vocabulary.load(path, threshold=5) == vocab
+def test_an_extended_vocabulary_keeps_its_ids_and_adds_words():
+    special = ("<start>", "<end>", "<unk>")
+    ours, theirs = Vocabulary([*special, "a", "dog"], 5), Vocabulary([*special, "runs", "a"], 2)
+    assert ours.extended(theirs).to_dict() == {**theirs.to_dict(), "words": [*special, "a", "dog", "runs"]}
+    padded = Vocabulary(["<pad>", *special, "a"])
+    assert list(padded.extended(theirs).word2idx) == ["<pad>", *special, "a", "runs"]
+    with pytest.raises(UserError, match=r"'unicode' and the new one 'treebank'; add --set tokenizer=unicode, or --new"):
+        ours.extended(Vocabulary(tokenizer="treebank"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes and devices")
@@ -362,8 +362,6 @@ def test_a_foreign_pickle_keeps_its_own_ids(path, monkeypatch, module, protocol,
     assert vocab.idx2word == dict(enumerate(words))
     assert (vocab.start_id, vocab.end_id, vocab.unk_id) == specials
     assert (vocab.threshold, vocab.tokenizer) == (4, "treebank")
-    with pytest.warns(UserWarning, match="built with threshold 4, not 5"):
-        Vocabulary.load(path, threshold=5)
     start, end, unk = specials
     assert vocab.encode("a Dog zebra") == [start, vocab("a"), vocab("dog"), unk, end]
     assert vocab.decode([start, vocab("a"), vocab("dog"), end, vocab("a")]) == "A dog"

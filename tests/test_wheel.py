@@ -91,13 +91,16 @@ def test_the_installed_package_captions_with_a_model_that_it_downloads(python, t
     assert asked[2].startswith("bytes=")
     code = f"""
 import showtell
-from showtell.data_loader import default_vocab_file
+from showtell.vocabulary import default_vocab_file
 print(Path(showtell.__file__).parent == default_vocab_file().parent)
 print(showtell.load(device="cpu").caption({str(photo)!r})[0].text)
 print(len(showtell.get_loader(dataset="synthetic", vocab_from_file=True, batch_size=2).dataset.vocab))
 """
     again = run(python, "-W", "ignore", "-c", "from pathlib import Path" + code, cwd=tmp_path, **environment)
-    assert again.stdout.splitlines() == ["True", caption, str(len(Vocabulary.load(ROOT / "vocab.pkl")))]
+    n_words = len(Vocabulary.load(ROOT / "vocab.pkl"))
+    first, second, note, count = again.stdout.splitlines()
+    assert (first, second, count) == ("True", caption, str(n_words))
+    assert note.startswith(f"vocabulary of {n_words:,} words")
     assert run(python, "-m", "showtell", "--version", cwd=tmp_path).stdout.startswith("showtell ")
 
 
