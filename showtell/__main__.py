@@ -80,8 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--decoder", help="decoder name, such as show-tell or attend; an unknown name lists all")
     train.add_argument("--encoder", help="backbone name: resnet50, tiny, any other of torchvision, timm/NAME")
     train.add_argument("--encoder-weights", metavar="FILE", help="backbone weights (default: ImageNet weights)")
-    train.add_argument("--init", metavar="MODEL", help="trained model to start from, by path or name")
-    train.add_argument("--epochs", type=_int)
+    train.add_argument("--init", metavar="MODEL", help="trained model to start from, by path or name; keeps its words")
+    train.add_argument(
+        "--new-vocabulary", action="store_const", const=True, help="with --init, the words of the new captions only"
+    )
+    train.add_argument("--epochs", type=_int, help="passes over the data; with --resume, more than before")
     train.add_argument("--batch-size", type=_int)
     train.add_argument("--lr", type=_number, help="highest learning rate")
     train.add_argument(
@@ -256,8 +259,10 @@ def _train(args: argparse.Namespace) -> int:
 
     _check_outputs([], args.out)
     settings = _settings(args)
-    flags = "dataset init seed subset val_images best_by data_dir patience tensorboard features num_workers".split()
-    given = {name: value for name in flags if (value := getattr(args, name)) is not None}
+    flags = (
+        "dataset init new_vocabulary seed subset val_images best_by data_dir patience tensorboard features num_workers"
+    )
+    given = {name: value for name in flags.split() if (value := getattr(args, name)) is not None}
     if args.encoder_weights:
         given["weights"] = args.encoder_weights
     if args.init:
@@ -285,7 +290,8 @@ def _train(args: argparse.Namespace) -> int:
         _say(f"showtell: {stopped}")
         return 130
     best = trainer.history[trainer.best_epoch - 1]
-    scores = f"validation perplexity {best['val_perplexity']:.2f}, CIDEr-D {100 * best['scores']['CIDEr']:.1f}"
+    perplexity = f"validation perplexity {best['val_perplexity']:.2f} over {len(trainer.vocab):,} words"
+    scores = f"{perplexity}, CIDEr-D {100 * best['scores']['CIDEr']:.1f}"
     model = shlex.quote(str(Path(args.out) / "best.safetensors"))
     _say(f"the best epoch was {trainer.best_epoch}, {scores}; caption with: showtell caption photo.jpg --model {model}")
     return 0

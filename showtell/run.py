@@ -31,6 +31,8 @@ class Run:
         dataset, data_dir: as in `showtell.datasets.load`. out: the run folder.
         weights: of the backbone, see `Backbone`. seed: the random seed.
         init: a checkpoint to start from, see `showtell.checkpoint.start_from`; it replaces `weights`.
+        new_vocabulary: with `init`, use the words of the training captions only; by default, they are added to those of
+            the checkpoint.
         subset: the number of images to train on, to tune hyper-parameters; 0 for all.
         val_images: the number of validation images that are captioned and scored every epoch; 0 for all.
         best_by: the score, or `loss`, that selects the best checkpoint.
@@ -47,6 +49,7 @@ class Run:
     out: str = "runs/last"
     weights: str | None = "imagenet"
     init: str = ""
+    new_vocabulary: bool = False
     seed: int = 0
     subset: int = 0
     val_images: int = 1000
@@ -64,6 +67,8 @@ class Run:
         accepted = [*metrics.names(), "loss"]
         if self.best_by not in accepted:
             raise UserError(f"best_by={self.best_by!r} is not known; choose one of {', '.join(accepted)}")
+        if self.new_vocabulary and not self.init:
+            raise UserError("new_vocabulary is about a model to start from; add --init MODEL, or leave it out")
         least = dict.fromkeys(("subset", "val_images", "patience", "num_workers", "save_minutes", "max_broken"), 0)
         for name, lowest in {**least, "print_every": 1}.items():
             if not getattr(self, name) >= lowest:
@@ -88,6 +93,8 @@ def read_run(
     old = own.to_dict() | asdict(run)
     new = (recipe_named(recipe) if recipe else own).with_settings(settings or {}).to_dict()
     new |= {name: value for name, value in changes.items() if name not in MAY_CHANGE}
+    if "epochs" in (settings or {}) and new["epochs"] > own.epochs:
+        own = replace(own, epochs=new.pop("epochs"))
     if different := [name for name, value in new.items() if value != old.get(name)]:
         listed = ", ".join(f"{name} from {old.get(name)} to {new[name]}" for name in different)
         flags = f"--resume continues with the settings in {out}, and these flags would change {listed}"

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import __version__, datasets, metrics
-from showtell.checkpoint import Checkpoint, read_header, save_checkpoint, save_resume, start_from
+from showtell.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, save_resume, start_from
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader
 from showtell.datasets import CaptionSet
 from showtell.decoders import IGNORE
@@ -80,6 +80,9 @@ class Trainer:
         if run.subset:
             self.train_set = self.train_set.subset(run.subset, run.seed)
         self.vocab = Vocabulary.build(self.train_set.all_captions(), recipe.threshold, recipe.tokenizer)
+        self._init_vocab = load_checkpoint(run.init).vocab if run.init and not state else None
+        if run.init and not run.new_vocabulary:  # a run that is resumed has the words of the model already
+            self.vocab = (self._init_vocab or Vocabulary.from_dict(state["vocabulary"])).extended(self.vocab)
         self.data = _digest(self.train_set, self.val_set)
         if state and (self.data, self.vocab.to_dict()) != (state.get("data"), state.get("vocabulary")):
             data = f"the images or captions of {run.data_dir or run.dataset}"
@@ -124,7 +127,9 @@ class Trainer:
         Args:
             out: the run folder.
             train_set, val_set: used instead of opening the run's data set again.
-            recipe, settings: name and settings of the recipe, if given again; they must be those of the run.
+            recipe, settings: name and settings of the recipe, if given again; they must be those of the run, except
+                that `epochs` in `settings` may be larger. The learning rate then continues where a run planned with
+                that number would be: after a finished run, whose rate was 0, it jumps there.
             changes: attributes of `Run`: new values for those in `MAY_CHANGE`; the others must be as in the run.
 
         Raises:
@@ -164,8 +169,18 @@ class Trainer:
         return "\n".join([text, *(f"note: {note}" for note in self.notes())])
 
     def notes(self) -> list[str]:
-        """Return what to know before training: settings without effect, captions that were cut, a shorter warm-up."""
+        """Return what to know before training: settings without effect, words kept and dropped, a shorter warm-up, …"""
         notes = self.recipe.unused_settings() + self.vocab.concerns(self.train_set.all_captions())
+        if theirs := self._init_vocab:
+            kept = sum(word in self.vocab for word in theirs.word2idx)
+            note = f"{self.run.init} has {len(theirs):,} words: {kept:,} are kept with their weights, "
+            note += f"{len(theirs) - kept:,} dropped, and {len(self.vocab) - kept:,} added"
+            if not kept == len(theirs) == len(self.vocab):
+                note += "; its perplexity and those of this run are over different words and cannot be compared"
+            notes.append(note)
+        if self.run.patience and self.epoch - self.best_epoch >= self.run.patience:
+            waited = f"the run has ended after patience={self.run.patience} epochs without improvement"
+            notes.append(f"{waited}; to continue it, give a larger --patience, or 0")
         if n_cut := self.loader.dataset.n_cut + self.val_loader.dataset.n_cut:
             notes.append(f"{n_cut:,} captions have over {MAX_WORDS} words and are cut to that")
         if self.warmup < (asked := self.recipe.warmup):
@@ -367,6 +382,9 @@ class Trainer:
             self.totals = Totals(**state["totals"])
             self.best, self.best_epoch = state["best"]
             set_generator_states(self.device, state["generators"])
+            at = _warm_cosine(self.scheduler.last_epoch, self.warmup, self.total_steps)
+            for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+                group["lr"] = lr * at  # as saved, unless the number of epochs has been raised
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise damaged(self.out / "resume.pt", f"{type(error).__name__}: {error}".splitlines()[0]) from error
         self._log_sizes = state.get("log")

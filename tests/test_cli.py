@@ -636,7 +636,14 @@ def test_a_recipe_and_single_settings_add_up(own_data, tmp_path, done):
 def test_a_run_that_starts_from_a_model_takes_its_recipe(own_data, finished_run, tmp_path, done, refused):
     out = tmp_path / "run"
     arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(out), "--init"]
-    assert "tiny + show-tell" in done([*arguments, str(finished_run), "--dry-run"]).err
+    said = done([*arguments, str(finished_run), "--dry-run"]).err
+    assert "tiny + show-tell" in said
+    assert re.search(r"note: .* has (\d+) words: \1 are kept with their weights, 0 dropped, and 0 added\n", said)
+    said = done([*arguments, str(finished_run), "--dry-run", "--new-vocabulary", "--set", "threshold=4"]).err
+    assert re.search(r"[1-9]\d* dropped, and 0 added; its perplexity .* cannot be compared\n", said)
+    refused(
+        [*arguments, str(finished_run), "--set", "tokenizer=ptb"], "add --set tokenizer=unicode", "--new-vocabulary"
+    )
     refused([*arguments, str(finished_run), "--decoder", "attend"], "decoder name=show-tell", "name=attend")
     assert main([*arguments, str(finished_run)]) == 0
     assert main([*arguments, str(finished_run), "--resume"]) == 0  # typed again as it was, and with nothing left to do
@@ -650,12 +657,21 @@ def test_resume_takes_the_flags_of_the_run_and_no_others(own_data, finished_run,
     assert main(["train", "--out", str(finished_run), "--resume"]) == 0
     assert (finished_run / "best.safetensors").read_bytes() == before
     short = ["train", "--out", finished_run, "--resume"]
-    refused([*short, "--epochs", "9"], "epochs from 1 to 9", "leave them out", "another --out")
+    refused([*short, "--epochs", "9", "--set", "lr=0.1"], "lr from 0.0005 to 0.1", "leave them out", "another --out")
     refused([*short, "--recipe", "demo"], "decoder from show-tell to transformer", "optimizer from adam")
     refused([*short, "--seed", "4"], "seed from 0 to 4")
     refused([*short, "--set", "lr=0.1"], "lr from 0.0005 to 0.1")
     refused([*short, "--dataset", "coco"], "dataset from folder to coco")
     refused([*short, "--subset", "5", "--best-by", "loss"], "subset from 0 to 5", "best_by from CIDEr to loss")
+
+
+def test_resume_with_more_epochs_extends_a_finished_run(own_data, tmp_path, done):
+    out = tmp_path / "run"
+    done([*train(own_data, out), "--epochs", "1"])
+    printed = done(["train", "--out", out, "--resume", "--epochs", "2"])
+    assert "Epoch [2/2]" in printed.out + printed.err
+    assert re.search(r"validation perplexity [\d.]+ over \d+ words, CIDEr", printed.err)
+    assert json.loads((out / "run.json").read_text())["recipe"]["epochs"] == 2
 
 
 def test_resuming_keeps_the_settings_of_the_run(own_data, tmp_path, refused):

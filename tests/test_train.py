@@ -31,6 +31,7 @@ from showtell.errors import UserError
 from showtell.model import caption_loss, doubly_stochastic_penalty, drop_words
 from showtell.recipes import Recipe
 from showtell.train import Run, Stopped, Trainer
+from showtell.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden" / "losses.json"
@@ -501,7 +502,9 @@ def test_what_may_change_when_a_run_is_resumed(straight):
     run = resumed(out, **new, seed=0, settings={"lr": "1e-3"}).run
     assert {name: getattr(run, name) for name in new} == new
     for changes, named in (
-        ({"settings": {"epochs": 9}}, "epochs from 2 to 9"),
+        ({"settings": {"epochs": 1}}, "epochs from 2 to 1"),
+        ({"settings": {"epochs": 9, "lr": 1}}, "lr from 0.001 to 1"),
+        ({"recipe": "demo"}, "epochs from 2 to 6"),  # a longer run has to be asked for
         ({"recipe": "demo", "settings": {"epochs": 2}}, "embed_size from 16 to 128"),
         ({"seed": 4, "best_by": "loss"}, "seed from 0 to 4, best_by from CIDEr to loss"),
         ({"weights": "x.pth"}, "weights from None to x.pth"),
@@ -518,6 +521,8 @@ def test_nothing_to_resume(tmp_path):
 
 def changed(captions: CaptionSet, change: str) -> CaptionSet:
     texts = [list(own) for own in captions.captions]
+    if change == "a zebra":
+        texts[0][0] = "zebra"
     if change == "a new word":
         texts[3][0] += " zebra"
     elif change == "the same words in another order":
@@ -639,14 +644,69 @@ def test_the_tiny_backbone_trains_whole_at_the_full_rate(tmp_path, no_curve):
     assert names <= moved(before, tensors(trainer))
 
 
-def test_a_run_can_start_from_a_trained_model(straight, tmp_path):
+@pytest.mark.parametrize("new_vocabulary", [False, True])
+def test_a_run_can_start_from_a_trained_model(new_vocabulary, straight, tmp_path):
     first = straight(SMALL) / "best.safetensors"
-    trainer = trainer_in(tmp_path, init=str(first), train_set=drawn(30), seed=7)
+    data = changed(drawn(3), "a zebra")
+    trainer = trainer_in(tmp_path, init=str(first), train_set=data, seed=7, new_vocabulary=new_vocabulary)
     before = load_checkpoint(first)
+    own = Vocabulary.build(data.all_captions(), 1)
+    theirs = list(before.vocab.word2idx)
+    kept = [word for word in theirs if word in own] if new_vocabulary else theirs
+    assert trainer.vocab == (own if new_vocabulary else Vocabulary([*theirs, "zebra"], 1))
+    counts = f"has {len(theirs)} words: {len(kept)} are kept with their weights, {len(theirs) - len(kept)} dropped"
+    (note,) = (note for note in trainer.notes() if str(first) in note)
+    assert f"{counts}, and 1 added; its perplexity and those of this run are over different words" in note
     torch.testing.assert_close(trainer.model.encoder.state_dict(), before.model.encoder.state_dict(), rtol=0, atol=0)
     word = next(word for word in before.vocab.word2idx if word.isalpha())
     new, old = trainer.model.decoder.embed.weight, before.model.decoder.embed.weight
     assert torch.equal(new[trainer.vocab.word2idx[word]], old[before.vocab.word2idx[word]])
+
+
+def test_the_note_of_a_run_with_the_same_words_does_not_mention_perplexities(straight, tmp_path):
+    trainer = trainer_in(tmp_path, init=str(straight(SMALL) / "best.safetensors"))
+    (note,) = (note for note in trainer.notes() if "are kept" in note)
+    assert note.endswith("0 dropped, and 0 added")
+
+
+def test_a_run_that_started_from_a_model_is_resumed_without_it(straight, tmp_path, no_curve):
+    model = shutil.copy(straight(SMALL) / "best.safetensors", tmp_path)
+    sets = drawn(12), drawn(3, "val")
+    stop_at(trainer_in(tmp_path / "run", SMALL, *sets, init=model), 2)
+    Path(model).unlink()
+    trainer = Trainer.resume(tmp_path / "run", *sets)
+    assert len(trainer.vocab) > len(Vocabulary.build(sets[0].all_captions(), 1)), "the words of the model are gone"
+    trainer.fit(progress=False)
+    assert trainer.epoch == SMALL.epochs
+
+
+def test_new_vocabulary_needs_a_model_to_start_from():
+    with pytest.raises(UserError, match="add --init MODEL, or leave it out"):
+        Run(new_vocabulary=True)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_can_be_extended(finished, straight, tmp_path, no_curve):
+    """Its learning rates are from then on those of a run that was planned with as many epochs."""
+    rates: list[float] = []
+
+    def record(trainer: Trainer) -> Trainer:
+        before_each_step(trainer, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
+        return trainer
+
+    longer = SMALL.with_settings({"epochs": SMALL.epochs + 2})
+    record(trainer_in(tmp_path / "planned", longer)).fit(progress=False)
+    planned, rates[:] = list(rates), []
+    if finished:
+        shutil.copytree(straight(SMALL), tmp_path / "run")
+    else:
+        stop_at(trainer_in(tmp_path / "run"), 3)
+    done = load_resume(tmp_path / "run" / "resume.pt")["scheduler"]["last_epoch"]
+    history = record(resumed(tmp_path / "run", settings={"epochs": longer.epochs})).fit(progress=False)
+    assert rates == planned[done:]
+    assert max(rates) > SMALL.lr / 4, "a run that is at the end of its schedule learns nothing"
+    assert len(history) == longer.epochs
+    assert resumed(tmp_path / "run").recipe == longer
 
 
 def test_an_unknown_layer_is_named(tmp_path):
@@ -954,6 +1014,11 @@ def test_patience(tmp_path, no_curve):
     again = scripted(resumed(tmp_path / "patient"), ciders, val_losses)
     assert (again.best, again.best_epoch) == (0.3, 2)
     assert len(again.fit(progress=False)) == 4, "resuming forgot that patience had run out"
+    for epochs in (6, 9):  # a larger number does not change that, and is not ignored silently
+        asked = resumed(tmp_path / "patient", settings={"epochs": epochs})
+        assert any("ended after patience=2 epochs without improvement; to continue" in note for note in asked.notes())
+    on = resumed(tmp_path / "patient", patience=0)
+    assert not any("patience" in note for note in on.notes())
     endless = scripted(trainer_in(tmp_path / "endless", recipe, patience=0), ciders, val_losses)
     assert len(endless.fit(progress=False)) == 6
 
