@@ -9,6 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ try:
 except ImportError:  # Windows: a folder is guarded within one process only
     fcntl = None
 
-_held: set[Path] = set()  # by this process: file locks do not exclude their own process
+_held: dict[Path, tuple[int, object]] = {}  # by a thread of this process, which a file lock does not exclude
 
 
 @contextlib.contextmanager
@@ -63,34 +64,38 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
 
     Args:
         doing: what the holder does, for the message that another process gets: "is training in".
-        wait: whether to wait for another process, with a note on standard error, rather than raise.
+        wait: whether to wait for another process or thread, with a note on standard error, rather than raise.
 
     Raises:
-        UserError: another process, or this one, holds the folder.
+        UserError: another process or thread, or this one, holds the folder.
     """
     folder = Path(folder).absolute()
     me = f"process {os.getpid()} on {socket.gethostname()}"
-    refusal = f"{doing} {folder}; wait until it ends, stop it, or choose another folder"
-    if folder in _held:
-        raise UserError(f"{me} {refusal}")
-    _held.add(folder)
+    noted = False
+
+    def wait_for(holder: str, may_wait: bool) -> None:
+        nonlocal noted
+        state = f"{holder} {doing} {folder}"
+        if not may_wait:
+            raise UserError(f"{state}; wait until it ends, stop it, or choose another folder") from None
+        if not noted:
+            print(f"note: {state}; waiting until it ends", file=sys.stderr, flush=True)
+        noted = True
+        time.sleep(0.2)
+
+    mine = threading.get_ident(), object()
+    while (other := _held.setdefault(folder, mine)) is not mine:
+        wait_for(me, wait and other[0] != mine[0])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "a+", encoding="utf-8") as file:
-            noted = False
             while fcntl is not None:
                 try:
                     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # flock would pass to forked workers
                     break
                 except (BlockingIOError, PermissionError):
                     file.seek(0)
-                    holder = file.read().strip() or "another process"
-                    if not wait:
-                        raise UserError(f"{holder} {refusal}") from None
-                    if not noted:
-                        print(f"note: {holder} {doing} {folder}; waiting until it ends", file=sys.stderr, flush=True)
-                    noted = True
-                    time.sleep(0.2)
+                    wait_for(file.read().strip() or "another process", wait)
                 except OSError:
                     break  # some network file systems have no locks
             file.truncate(0)
@@ -98,7 +103,7 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
             file.flush()
             yield
     finally:
-        _held.discard(folder)
+        del _held[folder]
 
 
 def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> None:

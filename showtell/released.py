@@ -6,21 +6,27 @@ checksum.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from showtell import __version__
 from showtell.errors import MissingFileError, UserError
 from showtell.files import lock, readable_size, require_free_space
 
+if TYPE_CHECKING:
+    import requests
+
+ATTEMPTS = 5  # in a row that bring nothing
+PAUSE_S = 1.0  # before the next attempt, doubled each time
+TIMEOUT_S = (10, 60)  # to connect; without a byte
+MAX_REDIRECTS = 10
 DEFAULT = "showtell-attend"  # the model to open when none is named
 MODELS = Path(__file__).resolve().parent.parent / "models"  # of a checkout; an installed package has none
 
@@ -137,122 +143,81 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
     title = "MD5" if algorithm == "md5" else "SHA-256"
     by_hand = f"or get the file another way, compare its {title} with {digest}, and save it as {path}"
     work = path.with_name(f".{path.name}.download")  # holds the lock and, until it is complete, the file
-    logger = pooch.get_logger()
-    level = logger.level
-    logger.setLevel("WARNING")  # it would name the file in `work`
-    try:
-        with _turn(work, path.name):
-            for attempt in (1, 2):
-                if path.is_file() and pooch.file_hash(str(path), algorithm or "sha256") == digest:
-                    break
-                try:
-                    downloader = ResumingDownloader(work / "part")
-                    pooch.retrieve(url, checksum, path.name, work, downloader=downloader)
-                    os.replace(work / path.name, path)
-                    break
-                except RequestException as error:
-                    raise MissingFileError(
-                        f"cannot download {url} ({_reason(error, url)}); check the network and try again, {by_hand}"
-                    ) from None
-                except ValueError:  # from pooch, which has deleted the file
-                    problem = f"{url} gave a file with another {title}, which was deleted"
-                    if attempt == 2:
-                        raise UserError(f"{problem}, twice; try again later, {by_hand}") from None
-                    _say(f"{problem}; downloading it again")
-    finally:
-        logger.setLevel(level)
+    part = work / "part"
+
+    def is_verified(file: Path) -> bool:
+        return file.is_file() and pooch.file_hash(str(file), algorithm or "sha256") == digest
+
+    with lock(work, "is downloading into", wait=True):
+        for attempt in (1, 2):
+            if is_verified(path):
+                break
+            try:
+                _download(url, part)
+            except RequestException as error:
+                raise MissingFileError(
+                    f"cannot download {url} ({_reason(error, url)}); check the network and try again, {by_hand}"
+                ) from None
+            if is_verified(part):
+                os.replace(part, path)
+                break
+            part.unlink()
+            problem = f"{url} gave a file with another {title}, which was deleted"
+            if attempt == 2:
+                raise UserError(f"{problem}, twice; try again later, {by_hand}")
+            _say(f"{problem}; downloading it again")
     shutil.rmtree(work, ignore_errors=True)
     return path
 
 
-class ResumingDownloader:
-    """A downloader for `pooch.retrieve` that continues a partial file with a Range request; pooch's own starts again.
+def _download(url: str, part: Path) -> None:
+    """Append to a partial file what it lacks, with Range requests; raise the last error of `requests`."""
+    import requests
 
-    Args:
-        part: the partial file, kept when the transfer fails.
-    """
-
-    ATTEMPTS = 5  # in a row that bring nothing
-    PAUSE_S = 1.0  # before the next attempt, doubled each time
-    TIMEOUT_S = (10, 60)  # to connect; without a byte
-    MAX_REDIRECTS = 10
-
-    def __init__(self, part: Path) -> None:
-        self.part = part
-        self.connected = False
-
-    def __call__(self, url: str, output_file: str, pooch: object) -> None:
-        """Download `url` to `output_file`, as pooch asks."""
-        from requests import RequestException
-
-        failures = 0
-        while True:
-            before = self._size()
-            try:
-                if self._transfer(url):
-                    break
-            except RequestException as error:
-                status = getattr(error.response, "status_code", 500)
-                failures = 0 if self._size() > before else failures + 1
-                if not self.connected or status < 500 or failures >= self.ATTEMPTS:
-                    raise
-                time.sleep(self.PAUSE_S * 2**failures)
-        os.replace(self.part, output_file)
-
-    def _size(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def _transfer(self, url: str) -> bool:
-        """Append to the partial file what it lacks; return whether it is complete."""
-        import requests
-        from tqdm import tqdm
-
-        have = self._size()
+    failures, connected = 0, False
+    while True:
+        have = part.stat().st_size if part.exists() else 0
         headers = {"Accept-Encoding": "identity"}  # the middle of a compressed answer is no use
         if have:
             headers["Range"] = f"bytes={have}-"
-        with requests.Session() as session:
-            session.max_redirects = self.MAX_REDIRECTS
-            with session.get(url, headers=headers, stream=True, timeout=self.TIMEOUT_S) as response:
-                self.connected = True
-                if have and response.status_code == 416:  # there is nothing after what we have
-                    if response.headers.get("Content-Range", "").endswith(f"/{have}"):
-                        return True
-                    self.part.unlink()
-                    return False
-                response.raise_for_status()
-                if response.status_code != 206:  # the server ignores Range and sends the whole file
-                    have = 0
-                total = have + int(response.headers.get("Content-Length", 0)) or None
-                _say(f"downloading {url}" + (f", continuing at {readable_size(have)}" if have else ""))
-                with (
-                    open(self.part, "ab" if have else "wb") as file,
-                    tqdm(
-                        desc=Path(urlsplit(url).path).name, total=total, initial=have,
-                        unit="B", unit_scale=True, disable=None,
-                    ) as bar,
-                ):  # fmt: skip
-                    for chunk in response.iter_content(2**16):
-                        file.write(chunk)
-                        bar.update(len(chunk))
-        return True
+        try:
+            with requests.Session() as session:
+                session.max_redirects = MAX_REDIRECTS
+                with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+                    connected = True
+                    if _receive(response, url, part, have):
+                        return
+        except requests.RequestException as error:
+            status = getattr(error.response, "status_code", 500)
+            failures = 0 if part.exists() and part.stat().st_size > have else failures + 1
+            if not connected or status < 500 or failures >= ATTEMPTS:
+                raise
+            time.sleep(PAUSE_S * 2**failures)
 
 
-@contextlib.contextmanager
-def _turn(folder: Path, name: str) -> Iterator[None]:
-    """Hold `folder`, after waiting for the process or thread that holds it now."""
-    waiting = False
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(lock(folder, "is downloading into"))
-                break
-            except UserError:
-                if not waiting:
-                    _say(f"waiting for another process, which downloads {name}")
-                waiting = True
-                time.sleep(0.2)
-        yield
+def _receive(response: requests.Response, url: str, part: Path, have: int) -> bool:
+    """Append an answer to the partial file of `have` bytes; return whether it is complete."""
+    from tqdm import tqdm
+
+    if have and response.status_code == 416:  # there is nothing after what we have
+        if response.headers.get("Content-Range", "").endswith(f"/{have}"):
+            return True
+        part.unlink()
+        return False
+    response.raise_for_status()
+    if response.status_code != 206:  # the server ignores Range and sends the whole file
+        have = 0
+    total = have + int(response.headers.get("Content-Length", 0)) or None
+    _say(f"downloading {url}" + (f", continuing at {readable_size(have)}" if have else ""))
+    name = Path(urlsplit(url).path).name
+    with (
+        open(part, "ab" if have else "wb") as file,
+        tqdm(desc=name, total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for chunk in response.iter_content(2**16):
+            file.write(chunk)
+            bar.update(len(chunk))
+    return True
 
 
 def _reason(error: Exception, url: str) -> str:
@@ -262,7 +227,7 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, requests.HTTPError):
         return f"HTTP status {error.response.status_code}"
     if isinstance(error, requests.TooManyRedirects):
-        return f"more than {ResumingDownloader.MAX_REDIRECTS} redirects"
+        return f"more than {MAX_REDIRECTS} redirects"
     if isinstance(error, requests.Timeout):
         return "no answer in time"
     if isinstance(error, requests.ConnectionError):

@@ -19,7 +19,6 @@ from showtell.__main__ import main
 from showtell.download import DATASETS, Archive, unpack
 from showtell.errors import MissingFileError, UserError
 from showtell.recipes import recipe_named
-from showtell.released import ResumingDownloader
 
 TEXT = "annotations_trainval2017.zip"  # the archive of captions of `coco2017`
 NOISE = {"__MACOSX/._train2017": b"x", "readme.txt": b"not wanted"}
@@ -91,7 +90,7 @@ FILES = {
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A server of small archives with the inner layout of the published ones; the table names it instead."""
-    monkeypatch.setattr(ResumingDownloader, "PAUSE_S", 0.0)
+    monkeypatch.setattr(released, "PAUSE_S", 0.0)
     monkeypatch.chdir(tmp_path)
     with FileServer(**FILES) as server:
         small = {}
@@ -114,9 +113,6 @@ def server(monkeypatch, tmp_path):
 
 def tree(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
-# ---- The table ---------------------------------------------------------------------------------------------------
 
 
 def test_the_table_is_complete():
@@ -159,9 +155,6 @@ def test_nothing_but_the_data_set_is_left(server):
     assert not Path("data/flickr8k/.download").exists()
 
 
-# ---- Before it starts --------------------------------------------------------------------------------------------
-
-
 def test_sizes_and_licences_are_shown_before_the_question(server, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: print(question) or "n")
@@ -174,19 +167,12 @@ def test_sizes_and_licences_are_shown_before_the_question(server, monkeypatch, c
     assert not Path("here").exists()
 
 
-def test_no_answer_is_a_no(server, monkeypatch):
+@pytest.mark.parametrize(("answer", "n_files"), [("y", 2), ("Yes", 2), (" yes ", 2), (EOFError, 0)])
+def test_a_yes_starts_it_and_no_answer_is_a_no(server, monkeypatch, answer, n_files):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", Mock(side_effect=EOFError))
-    assert download.run("flickr8k", "here") == 1
-    assert server.requests == []
-
-
-@pytest.mark.parametrize("answer", ["y", "Yes", " yes "])
-def test_a_yes_starts_it(server, monkeypatch, answer):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-    assert download.run("flickr8k", "here") == 0
-    assert len(server.requests) == 2
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[answer]))
+    assert download.run("flickr8k", "here") == (0 if n_files else 1)
+    assert len(server.requests) == n_files
 
 
 def test_without_a_terminal_it_wants_yes(server, monkeypatch):
@@ -213,9 +199,6 @@ def test_too_little_room_is_said_before(server, monkeypatch):
     with pytest.raises(UserError, match=r"coco2017 needs 1\.2 MB and .* has 1\.0 MB free"):
         download.run("coco2017", yes=True)
     assert server.requests == []
-
-
-# ---- Again, and after something went wrong -----------------------------------------------------------------------
 
 
 def test_what_is_there_already_is_left_alone(server, capsys):
@@ -300,9 +283,6 @@ def test_a_released_model_is_downloaded_by_name(monkeypatch, tmp_path, capsys):
     path = Path(capsys.readouterr().out.strip())
     assert path == released.cache_folder() / "tiny-1.safetensors"
     assert path.read_bytes() == data
-
-
-# ---- Archives that are not what they should be ---------------------------------------------------------------------
 
 
 def link(name: str) -> zipfile.ZipInfo:

@@ -17,7 +17,7 @@ from file_server import FileServer
 from showtell import released
 from showtell.__main__ import main
 from showtell.errors import MissingFileError, UserError
-from showtell.released import Release, ResumingDownloader, fetch, locate
+from showtell.released import Release, fetch, locate
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = "showtell-attend-1.safetensors"
@@ -28,7 +28,7 @@ SHA256 = hashlib.sha256(DATA).hexdigest()
 @pytest.fixture
 def server(monkeypatch):
     """A server of one small model, which the table of releases and `SHOWTELL_MODELS` name."""
-    monkeypatch.setattr(ResumingDownloader, "PAUSE_S", 0.0)
+    monkeypatch.setattr(released, "PAUSE_S", 0.0)
     monkeypatch.setattr(released, "RELEASES", {FILE: Release(len(DATA), SHA256)})
     with FileServer(**{FILE: DATA}) as server:
         monkeypatch.setenv("SHOWTELL_MODELS", server.url)
@@ -48,9 +48,6 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-# ---- The table ---------------------------------------------------------------------------------------------------
-
-
 def test_the_table_is_that_of_the_models_in_the_checkout():
     there = {path.name: path for path in (ROOT / "models").glob("*.safetensors")}
     assert there.keys() == released.RELEASES.keys()
@@ -63,9 +60,6 @@ def test_the_module_imports_without_torch_and_without_requests():
     code = "import sys, showtell.download, showtell.released; print({'torch', 'requests', 'numpy'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (result.stdout.strip(), result.stderr) == ("set()", "")
-
-
-# ---- Which place comes first -------------------------------------------------------------------------------------
 
 
 def test_the_checkout_comes_first_then_the_named_folder_then_the_cache(tmp_path, cache, monkeypatch, server):
@@ -118,9 +112,6 @@ def test_a_path_among_the_released_models_is_known(tmp_path, cache, monkeypatch)
     assert not released.is_released(tmp_path / "runs" / FILE)
 
 
-# ---- Downloads ---------------------------------------------------------------------------------------------------
-
-
 def test_a_model_is_downloaded_once(server, cache):
     assert locate("showtell-attend") == cache / FILE
     assert (cache / FILE).read_bytes() == DATA
@@ -140,7 +131,7 @@ def test_a_broken_transfer_continues_where_it_stopped(server, cache):
 
 def test_a_transfer_that_failed_continues_in_a_later_call(server, cache, monkeypatch):
     server.breaks[FILE] = 400_000
-    monkeypatch.setattr(ResumingDownloader, "ATTEMPTS", 0)
+    monkeypatch.setattr(released, "ATTEMPTS", 0)
     with pytest.raises(MissingFileError, match="the connection broke"):
         locate()
     assert files_in(cache) == [f".{FILE}.download"]
@@ -218,7 +209,7 @@ def test_a_server_in_trouble_is_asked_again_and_a_missing_file_is_not(server, ca
 
 
 def test_a_server_that_does_not_answer_is_given_up(server, monkeypatch):
-    monkeypatch.setattr(ResumingDownloader, "TIMEOUT_S", (5, 0.2))
+    monkeypatch.setattr(released, "TIMEOUT_S", (5, 0.2))
     server.pause_s = 1
     with pytest.raises(MissingFileError, match=r"\(no answer in time\)"):
         locate()
@@ -236,9 +227,6 @@ def test_too_little_room_is_said_before(server, cache, monkeypatch):
     with pytest.raises(UserError, match=r"the model showtell-attend-1 needs 585\.9 KB and .* has 1000 bytes free"):
         locate()
     assert server.requests == []
-
-
-# ---- Offline, and several at once --------------------------------------------------------------------------------
 
 
 def test_offline_one_sentence_names_address_file_checksum_and_folder(cache):
@@ -260,13 +248,6 @@ def test_offline_the_command_line_prints_that_sentence_and_no_traceback(cache, t
     assert said.startswith("showtell: cannot download https://")
     assert said.endswith(f"and save it as {cache / FILE}\n")
     assert said.count("\n") == 1
-
-
-def test_a_file_saved_by_hand_as_the_sentence_says_is_found(cache, monkeypatch):
-    monkeypatch.setattr(released, "RELEASES", {FILE: Release(len(DATA), SHA256)})
-    cache.mkdir(parents=True)
-    (cache / FILE).write_bytes(DATA)
-    assert locate() == cache / FILE
 
 
 def test_threads_that_want_the_same_file_download_it_once(server, cache):
