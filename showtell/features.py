@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -315,12 +316,7 @@ class FeatureCache:
         ):
             for batch in batches:
                 broken |= {missing[image.index]: str(image.error) for image in batch if image.error}
-                good = [image for image in batch if not image.error]
-                # Images with the same contents share a row.
-                fresh = {p.digest: p.pixels for p in good if p.digest not in self._row_of_digest}
-                if fresh:
-                    writer.add_rows(list(fresh), compute(torch.stack(list(fresh.values()))))
-                writer.add_names(good)
+                writer.add([image for image in batch if not image.error], compute)
                 bar.update(len(batch))
                 if len(broken) > max_broken or len(broken) == len(caption_set):
                     names = [str(caption_set.path(i) or caption_set.image_ids[i]) for i in broken]
@@ -362,8 +358,7 @@ class _Writer:
         self.rows_file, self.index_file = open(cache._features_file, "ab"), open(cache._index_file, "ab")
         self.rows_file.truncate(cache._rows_known * cache._row_bytes)
         self.index_file.truncate(cache._index_read)
-        for entry in cache._moved:
-            self._add(entry)
+        self.add_lines(cache._moved)
         cache._moved.clear()
         return self
 
@@ -372,24 +367,21 @@ class _Writer:
             self.commit()
             os.fsync(self.index_file.fileno())
 
-    def add_rows(self, digests: list[str], rows: np.ndarray) -> None:
-        """Append the rows of new images; nothing refers to them until `add_names`."""
-        self.rows_file.write(rows.tobytes())
-        self.rows_file.flush()
-        for row, digest in enumerate(digests, self.cache._rows_known):
-            self.cache._learn(Entry(row, digest, None))
-
-    def add_names(self, images: Iterable[LoadedImage]) -> None:
-        """Add the lines of images that have a row."""
-        for image in images:
-            entry = Entry(self.cache._row_of_digest[image.digest], image.digest, image.stamp)
-            self.cache._learn(entry)
-            self._add(entry)
+    def add(self, images: list[LoadedImage], compute: Callable[[Tensor], np.ndarray]) -> None:
+        """Compute and append the rows of new contents, which equal images share; then add the lines of all images."""
+        row_of = self.cache._row_of_digest
+        if fresh := {image.digest: image.pixels for image in images if image.digest not in row_of}:
+            self.rows_file.write(compute(torch.stack(list(fresh.values()))).tobytes())
+            self.rows_file.flush()
+            row_of |= zip(fresh, itertools.count(self.cache._rows_known))
+        self.add_lines([Entry(row_of[image.digest], image.digest, image.stamp) for image in images])
         if time.monotonic() - self.last_commit >= COMMIT_EVERY_S:
             self.commit()
 
-    def _add(self, entry: Entry) -> None:
-        self.lines += json.dumps(entry).encode() + b"\n"
+    def add_lines(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
+            self.cache._learn(entry)
+            self.lines += json.dumps(entry).encode() + b"\n"
 
     def commit(self) -> None:
         """Flush rows, then index: after a power cut, an index ahead of its rows would name rows of zeros."""
