@@ -202,16 +202,8 @@ class Bars(Chart):
         axes.spines[:].set_visible(False)
 
 
-def write_curve(
-    path: str | os.PathLike,
-    series: Mapping[str, Sequence[Point]] | Sequence[Curve],
-    title: str = "",
-    x_label: str = "epoch",
-    y_label: str = "loss",
-    log_y: bool = False,
-) -> Path:
-    """Write a training curve as a PNG and return its path; `series` as in `Curve`, or several `Curve`s side by side."""
-    curves = [Curve(title, series, x_label, y_label, log_y=log_y)] if isinstance(series, Mapping) else list(series)
+def write_curve(path: str | os.PathLike, curves: Sequence[Curve]) -> Path:
+    """Write training curves side by side as a PNG and return its path."""
     with _style():
         figure = _figure(500 * len(curves), 300)
         for curve, panel in zip(curves, figure.subfigures(1, len(curves), squeeze=False)[0], strict=True):

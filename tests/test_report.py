@@ -457,12 +457,12 @@ def test_captions_wrap_without_losing_a_letter(text):
 
 def test_curve_png(tmp_path):
     series = {"train": [(1, 3.0), (2, 1.0)], "validation": [(1, 3.1), (2, 2.0)]}
-    one = Image.open(write_curve(tmp_path / "one.png", series, "Loss"))
+    one = Image.open(write_curve(tmp_path / "one.png", [Curve("Loss", series)]))
     assert has_color(one, LIGHT["s0"])
     assert has_color(one, LIGHT["s1"])
     two = Image.open(write_curve(tmp_path / "two.png", [Curve("Loss", series), Curve("PPL", series, log_y=True)]))
     assert two.size == (2 * one.size[0], one.size[1])
-    assert Image.open(write_curve(tmp_path / "empty.png", {"train": []})).size == one.size
+    assert Image.open(write_curve(tmp_path / "empty.png", [Curve("", {"train": []})])).size == one.size
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["empty.png", "one.png", "two.png"]
 
 
