@@ -12,7 +12,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -80,7 +81,8 @@ def read_image(source: Source) -> torch.Tensor:
     if isinstance(source, np.ndarray):
         return _to_rgb(Image.fromarray(_as_uint8(source)))
     if isinstance(source, Image.Image):
-        return _guarded(getattr(source, "filename", None) or None, lambda: _to_rgb(source))
+        with _guarded(getattr(source, "filename", None) or None):
+            return _to_rgb(source)
     path, data = read_bytes(source)
     return decode_image(data, path)
 
@@ -112,7 +114,7 @@ def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
 
 def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
     """Decode a file's bytes as `read_image` does; `path` is for the error message alone."""
-    with _open(data, path) as image:
+    with _open(data, path) as image, _guarded(path):
         # Pillow makes the conversions that other modes need.
         if image.format == "JPEG" and image.mode in ("RGB", "L") and (decode := _jpeg_decoder()):
             import torch
@@ -121,14 +123,14 @@ def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
                 return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, True)
             except RuntimeError:
                 pass  # Pillow reads some files that this decoder refuses, and explains better what is wrong with others
-        return _guarded(path, lambda: _to_rgb(image))
+        return _to_rgb(image)
 
 
 def frames(source: str | os.PathLike | bytes) -> int:
     """Return the number of frames or pages of an image; the first is captioned. Raises as `read_image` does."""
     path, data = read_bytes(source)
-    with _open(data, path) as image:
-        return _guarded(path, lambda: getattr(image, "n_frames", 1))
+    with _open(data, path) as image, _guarded(path):
+        return getattr(image, "n_frames", 1)
 
 
 @dataclass(frozen=True)
@@ -270,9 +272,9 @@ def _open(data: bytes, path: str | None) -> Image.Image:
     """Read the header alone."""
     from PIL import Image, UnidentifiedImageError
 
-    def header() -> Image.Image:
-        if not data:
-            raise _broken(path, "it is empty (0 bytes)")
+    if not data:
+        raise _broken(path, "it is empty (0 bytes)")
+    with _guarded(path):
         try:
             # No other formats: Pillow would start Ghostscript for PostScript, whatever the name of the file.
             Image.init()
@@ -286,14 +288,14 @@ def _open(data: bytes, path: str | None) -> Image.Image:
             raise Image.DecompressionBombError
         return image
 
-    return _guarded(path, header)
 
-
-def _guarded(path: str | None, decode):
+@contextmanager
+def _guarded(path: str | None) -> Iterator[None]:
+    """Raise a `BrokenImageError` for whatever a decoder raises."""
     from PIL import Image
 
     try:
-        return decode()
+        yield
     except UserError:
         raise
     except Image.DecompressionBombError:
