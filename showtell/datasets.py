@@ -242,10 +242,7 @@ def read_coco(
 
 
 def read_karpathy(
-    data_dir: Path,
-    split: str = "train",
-    annotations: str | os.PathLike | None = None,
-    max_missing: int | None = None,
+    data_dir: Path, split: str = "train", annotations: str | os.PathLike | None = None, max_missing: int | None = None
 ) -> CaptionSet:
     """Read Karpathy's json (`dataset_coco.json`, `dataset_flickr8k.json`, `dataset_flickr30k.json`).
 
@@ -391,11 +388,7 @@ READERS: dict[str, Callable[..., CaptionSet]] = {
 
 
 def _assemble(
-    name: str,
-    split: str,
-    records: Sequence[tuple[int | str, str, list[str]]],
-    folder: Path,
-    max_missing: int | None,
+    name: str, split: str, records: Sequence[tuple[int | str, str, list[str]]], folder: Path, max_missing: int | None
 ) -> CaptionSet:
     """Make a set of (id, file, captions) records; leave out empty captions and images whose file is missing."""
 
