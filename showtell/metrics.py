@@ -59,9 +59,6 @@ class Metric:
         return {key: self.label} if isinstance(self.label, str) else self.label
 
 
-# ---- the metrics ----
-
-
 def _bleu_rows(corpus: Corpus) -> np.ndarray:
     """(N, 10): matches of order 1..4, n-grams of order 1..4, candidate length, closest reference length."""
     counts, n_images = corpus.counts, corpus.counts.n_images
@@ -185,8 +182,6 @@ def cider_d(
     return float(per_image.mean()), per_image
 
 
-# ---- all metrics together ----
-
 METRICS: dict[str, Metric] = {
     "Bleu": Metric({f"Bleu_{n}": f"BLEU-{n}" for n in range(1, 5)}, _bleu_rows, _bleu_values),
     "METEOR": Metric("METEOR", values=lambda sums, n_images: meteor_from_statistics(sums)),
@@ -307,9 +302,6 @@ def perplexity(total_nll: float, n_tokens: int = 1) -> float:
     return math.exp(min(total_nll / n_tokens, 700.0))  # a larger exponent overflows
 
 
-# ---- confidence ----
-
-
 def bootstrap(
     scores: Scores, n_resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
@@ -388,8 +380,6 @@ def _interval(values: np.ndarray, confidence: float) -> tuple[float, float]:
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
-
-# ---- health ----
 
 _BAD_ENDINGS = frozenset(
     "a an and are as at before behind beside between by for from her his in into is its near next of on onto or over "

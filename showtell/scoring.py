@@ -51,9 +51,6 @@ def _some(images: Sequence[str], n: int = 3) -> str:
     return ", ".join(map(repr, images[:n])) + (", …" if len(images) > n else "")
 
 
-# ---- scoring ----
-
-
 @dataclass
 class Result:
     """The scores of one system.
@@ -185,9 +182,6 @@ def score_files(references: str | Path, candidates: Sequence[str | Path], **opti
         raise UserError(f"{twice[0]} is given more than once; name each file of candidates once")
     systems = {name: read_candidates(path) for name, path in zip(names, candidates, strict=True)}
     return score_captions(read_captions(references), systems, **options)
-
-
-# ---- showing ----
 
 
 def format_table(results: Sequence[Result]) -> str:

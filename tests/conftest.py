@@ -61,9 +61,6 @@ def fixed_seed():
         sys.modules["torch"].manual_seed(0)
 
 
-# ---- Optional data and programs ----------------------------------------------------------------------------------
-
-
 def _folder_named_by(variable: str) -> Path:
     """Return the folder in an environment variable; skip if it is unset, fail if it is no folder."""
     value = os.environ.get(variable)
@@ -133,9 +130,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-
-
-# ---- The working tree before and after ---------------------------------------------------------------------------
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

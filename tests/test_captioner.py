@@ -105,16 +105,6 @@ def test_left_out_it_is_the_released_model(checkpoints, tmp_path, monkeypatch):
     assert find_model() == tmp_path / f"{released.DEFAULT}-10.safetensors"
 
 
-def test_a_released_name_without_its_number_is_the_newest(tmp_path, monkeypatch):
-    monkeypatch.setattr(released, "MODELS", tmp_path)
-    for name in ("classic-9", "classic-10", "classic-old"):
-        (tmp_path / f"{name}.safetensors").touch()
-    assert find_model("classic-9") == tmp_path / "classic-9.safetensors"
-    assert find_model("classic") == tmp_path / "classic-10.safetensors"
-    with pytest.raises(MissingFileError, match=r"no model class; .*classic-10"):
-        find_model("class")
-
-
 def test_a_model_that_does_not_exist_lists_the_released_ones(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(released, "MODELS", checkpoints["attend"].parent)
     known = sorted([*DECODERS, *(Path(file).stem for file in released.RELEASES)])

@@ -40,9 +40,6 @@ def split_ids(name: str, folder: Path, splits=("train", "val", "test"), **option
     return [set(load(name, folder, split, **options).image_ids) for split in splits]
 
 
-# ---- Several at once ---------------------------------------------------------------------------------------------
-
-
 def test_sets_are_joined_in_their_order(coco, tmp_path):
     write_images(tmp_path / "other", ["a.png", "b.png"])
     (tmp_path / "other" / "captions.csv").write_text("image,caption,split\na.png,one,train\nb.png,two,train\n")
@@ -57,9 +54,6 @@ def test_sets_are_joined_in_their_order(coco, tmp_path):
         load("coco,folder", coco)
     with pytest.raises(UserError, match="the data set synthetic is drawn and has no files to join with others"):
         load("coco,synthetic", f"{coco},")
-
-
-# ---- COCO --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -219,9 +213,6 @@ def test_a_file_that_is_not_json(coco, path, data, sentence):
     assert str(caught.value).startswith(f"{path} {sentence}")
 
 
-# ---- load itself -------------------------------------------------------------------------------------------------
-
-
 def test_unknown_names_splits_options_and_folders(coco, tmp_path):
     for error, sentence, arguments, options in [
         (UserError, "no data set 'coko'; choose one of coco, karpathy, flickr8k, folder, samples", ("coko", coco), {}),
@@ -261,15 +252,14 @@ def test_a_registered_reader_is_a_data_set(monkeypatch, tmp_path, coco):
         load("coco,grey", f"{coco},")
 
 
-@pytest.mark.parametrize(("name", "split"), [(name, "trian") for name in READERS] + [("coco", "test")])
+@pytest.mark.parametrize(
+    ("name", "split"), [(name, "trian") for name in READERS] + [("coco", "test"), ("samples", "train")]
+)
 def test_an_unknown_split_names_the_known_ones(name, split, tmp_path):
     with pytest.raises(
         UserError, match=f"the data set {name} has no split '{split}'; choose one of (train, val|val, test)"
     ):
         load(name, tmp_path, split)
-
-
-# ---- Karpathy ----------------------------------------------------------------------------------------------------
 
 
 def karpathy_json(filepath: str | None = "val2014") -> dict:
@@ -322,9 +312,6 @@ def test_wrong_karpathy_files(tmp_path):
         assert str(caught.value).startswith(sentence.replace("PATH", str(path)))
 
 
-# ---- Flickr8k ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def small_flickr8k(tmp_path: Path) -> Path:
     write_images(tmp_path / "Flicker8k_Dataset", [f"{n}.jpg" for n in range(8)])
@@ -361,8 +348,6 @@ def test_wrong_flickr8k_folders(small_flickr8k):
     with pytest.raises(MissingFileError, match=r"there is no folder .*images or .*Flicker8k_Dataset"):
         load("flickr8k", small_flickr8k)
 
-
-# ---- Caption files, and your own folder --------------------------------------------------------------------------
 
 ROWS = [(f"{n}.png", f'image {n}, said "{k}"') for n in range(4) for k in "ab"]
 EXPECTED = {f"{n}.png": [f'image {n}, said "{k}"' for k in "ab"] for n in range(4)}
@@ -555,8 +540,6 @@ def test_pipes_and_devices_are_not_opened(tmp_path):
         load("folder", tmp_path).image(0)
 
 
-# ---- Any json in any place ---------------------------------------------------------------------------------------
-
 DOCUMENTS = {
     "coco": {
         "images": [{"id": n, "file_name": f"{n}.png"} for n in range(2)],
@@ -636,9 +619,6 @@ def test_options_of_a_folder(tmp_path):
             load("folder", tmp_path / "data", **options)
 
 
-# ---- Synthetic, and the methods of all sets --------------------------------------------------------------------------
-
-
 def test_the_synthetic_set_is_drawn_on_the_fly():
     drawn = load("synthetic", split="unseen", n=4, size=40, seed=3)
     assert len(drawn) == 4
@@ -682,9 +662,6 @@ def test_a_set_pickles_as_spawned_workers_need_it(whole):
     assert np.array_equal(copy.image(1), whole.image(1))
 
 
-# ---- Real data ---------------------------------------------------------------------------------------------------
-
-
 def test_the_whole_of_flickr8k(flickr8k):
     sets = [load("flickr8k", flickr8k, split) for split in ("train", "val", "test")]
     assert [len(part) for part in sets] == [6000, 1000, 1000]
@@ -708,9 +685,6 @@ def test_real_coco_equals_what_pycocotools_reads(shared_data):
         assert ours.image(i).shape[1:] == (theirs.imgs[image_id]["height"], theirs.imgs[image_id]["width"])
 
 
-# ---- The embedded photographs ------------------------------------------------------------------------------------
-
-
 def test_samples_are_photographs_with_five_captions_each():
     samples = load("samples", split="test")
     assert len(samples) >= 12
@@ -721,11 +695,6 @@ def test_samples_are_photographs_with_five_captions_each():
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 1.5e6
     credits = (folder / "README.md").read_text("utf-8")
     assert all(f"`{image_id}`" in credits for image_id in samples.image_ids)
-
-
-def test_samples_are_not_for_training():
-    with pytest.raises(UserError, match="samples has no split 'train'; choose one of val, test"):
-        load("samples", split="train")
 
 
 def test_samples_of_a_package_that_is_not_installed_are_missing(monkeypatch):

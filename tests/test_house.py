@@ -46,8 +46,6 @@ def read_toml(path: Path) -> dict:
 PROJECT = read_toml(ROOT / "pyproject.toml")
 
 
-# ---- Layers ------------------------------------------------------------------------------------------------------
-
 LAYERS = [layer.split(" : ") for layer in PROJECT["tool"]["importlinter"]["contracts"][0]["layers"]]
 
 
@@ -91,9 +89,6 @@ def test_the_diagram_of_the_layers_is_that_of_pyproject():
 def test_a_module_is_short_enough_to_read(module: str):
     lines = len((ROOT / "showtell" / f"{module}.py").read_text("utf-8").splitlines())
     assert lines <= MAX_LINES, f"showtell/{module}.py has {lines} lines: shorten it, or split it by subject"
-
-
-# ---- Front doors -------------------------------------------------------------------------------------------------
 
 
 def front_door_faults(name: str, source: str) -> list[str]:
@@ -164,9 +159,6 @@ def test_only_notebooks_and_users_import_a_front_door():
     assert front_door_users("from showtell.model import EncoderCNN\nfrom . import model") == set()
 
 
-# ---- Fast imports with few dependencies --------------------------------------------------------------------------
-
-
 def test_importing_the_package_imports_nothing_slow():
     slow = "torch torchvision numpy PIL matplotlib nltk skimage pycocotools tqdm"
     result = python(f"import sys, showtell; print(sorted(set(sys.modules) & set({slow.split()})))")
@@ -186,9 +178,6 @@ for module in {MODULES}:
 """
     result = python(code)
     assert result.returncode == 0, result.stderr
-
-
-# ---- Names -------------------------------------------------------------------------------------------------------
 
 
 def name_faults(root_names: list[str], module_names: list[str]) -> list[str]:
@@ -214,9 +203,6 @@ def test_names_do_not_collide():
 
 def test_the_name_checker_finds_a_fault():
     assert len(name_faults(["datasets", "utils", "random", "model"], ["image_utils", "json", "metrics"])) == 5
-
-
-# ---- Requirements ------------------------------------------------------------------------------------------------
 
 
 def requirement_faults(text: str) -> list[str]:
@@ -260,8 +246,6 @@ def test_pyproject_agrees_with_the_rest():
     banned = tools["ruff"]["lint"]["flake8-tidy-imports"]["banned-api"]
     assert set(banned) == set(FRONT_DOORS)
 
-
-# ---- Texts -------------------------------------------------------------------------------------------------------
 
 # In pieces, so that this file does not match.
 PRIVATE_PATH = re.compile(r"/wor" + r"k/|/tm" + r"p/|/roo" + r"t/|/hom" + r"e/[a-z]|\.\./sha" + r"red|[A-Z]:\\\\Users")
@@ -361,8 +345,6 @@ def test_ruff_passes(arguments: list[str]):
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
-
-# ---- Offline -----------------------------------------------------------------------------------------------------
 
 BLOCKED = "tests run offline, and this one tried to reach"
 

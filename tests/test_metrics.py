@@ -46,9 +46,6 @@ def _synthetic_corpus(n_images: int, n_references: int = 5, seed: int = 0) -> tu
     return references, {image: caption() for image in references}
 
 
-# ---- equal to the reference implementation ----
-
-
 @pytest.mark.parametrize("metric", PURE)
 def test_the_golden_scores(metric):
     scores = score(GOLDEN["references"], GOLDEN["candidates"])
@@ -98,8 +95,6 @@ def test_meteor_of_the_golden_sentences():
     np.testing.assert_allclose(java_metrics.meteor_from_statistics(rows), GOLDEN["per_image"]["METEOR"], atol=1e-9)
 
 
-# ---- the examples of nlg-eval, which splits at spaces ----
-
 TWO = (
     [
         ["this is one reference sentence for sentence1", "this is one more reference sentence for sentence1"],
@@ -136,9 +131,6 @@ def test_the_published_examples():
 def test_the_published_meteor(example, meteor):
     rows = java_metrics.meteor_statistics(*_split(example))
     assert java_metrics.meteor_from_statistics(rows.sum(axis=0)) == pytest.approx(meteor, abs=1e-6)
-
-
-# ---- equal to the definitions, written slowly ----
 
 
 def _ngrams(tokens, n):
@@ -221,9 +213,6 @@ def test_the_fast_scores_equal_the_definitions():
     check()
 
 
-# ---- document frequencies ----
-
-
 def test_document_frequencies_of_the_same_references_change_nothing_and_make_one_image_scorable():
     table = DocumentFrequencies.build(GOLDEN["references"].values())
     assert min(table.counts.values()) == 2  # an n-gram of one image has the weight of an unknown one
@@ -241,9 +230,6 @@ def test_document_frequencies_of_another_tokeniser_are_refused():
     with pytest.raises(UserError, match="counted with the tokeniser 'treebank', not 'ptb'; count them with Document"):
         score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table)
     score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table, tokenizer="treebank")
-
-
-# ---- metrics registered from outside ----
 
 
 def exact_match(corpus: Corpus) -> np.ndarray:
@@ -286,9 +272,6 @@ def test_a_metric_may_have_several_values_that_are_no_means(monkeypatch):
     assert (scores["ratio"], scores["words"]) == (0.4, 2)
     assert scores.per_image["ratio"].tolist() == [1, 0.25]
     assert bootstrap(scores, 100)["ratio"] == (0.25, 1)
-
-
-# ---- unusual captions and mistakes ----
 
 
 def test_perfect_captions_score_one_and_empty_ones_zero():
@@ -335,9 +318,6 @@ def test_perplexity_is_per_word():
     assert math.isfinite(perplexity(1e9, 1))
     with pytest.raises(UserError, match="at least one word"):
         perplexity(0.0, 0)
-
-
-# ---- confidence ----
 
 
 def test_the_bootstrap_resamples_images():
@@ -394,9 +374,6 @@ def test_only_the_same_images_can_be_compared_in_any_order():
         paired(score(references, candidates), score(references, backwards))
 
 
-# ---- health ----
-
-
 def test_health_measures_what_scores_do_not():
     captions = ["A dog runs.", "a dog runs", "a man a man a man with a", "a <unk> cat cat"]
     assert health(captions, training_captions=["A dog runs!"], vocabulary_size=20) == {
@@ -408,9 +385,6 @@ def test_health_measures_what_scores_do_not():
     assert health([""])["mean_length"] == 0
     with pytest.raises(UserError, match="no captions"):
         health([])
-
-
-# ---- speed ----
 
 
 @pytest.mark.slow

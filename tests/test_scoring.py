@@ -33,9 +33,6 @@ def files(tmp_path) -> tuple[Path, Path]:
     return write(tmp_path / "true.json", REFERENCES), write(tmp_path / "system.json", results_json(CANDIDATES))
 
 
-# ---- matching ----
-
-
 def test_missing_images_are_named_on_both_sides():
     candidates = {"1": "a dog", "9": "x", "8": "x", "7": "x", "6": "x"}
     with pytest.raises(UserError) as caught:
@@ -59,9 +56,6 @@ def test_empty_candidates_score_zero_with_a_note():
     [result] = score_captions(REFERENCES, {"mine": CANDIDATES | {"2": " "}}, java=False)
     assert result.scores.per_image["CIDEr"][1] == 0
     assert result.scores.notes == ["1 candidates are empty and score 0: '2'."]
-
-
-# ---- the whole command ----
 
 
 def run(capsys, *arguments: object) -> str:
@@ -170,9 +164,6 @@ def test_spellings_of_a_path_match(tmp_path):
 def test_one_image_says_why_cider_is_zero():
     [result] = score_captions({"1": REFERENCES["1"]}, {"mine": {"1": "a dog runs"}}, java=False)
     assert "CIDEr is 0 by definition" in format_table([result])
-
-
-# ---- Java, there or not ----
 
 
 def test_without_java_the_row_says_what_to_do(monkeypatch, files):

@@ -34,9 +34,6 @@ PIECES = (
 ).split(" ")
 
 
-# ---- unicode and words ----
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -79,9 +76,6 @@ def test_unicode_is_the_same_for_equal_looking_and_for_its_own_text():
 
 def test_words_keeps_its_old_meaning_for_old_checkpoints():
     assert words("A man's 2 dogs', süßer doesn’t Собака") == ["a", "man's", "2", "dogs'", "s", "er", "doesn", "t"]
-
-
-# ---- treebank ----
 
 
 @pytest.mark.parametrize(
@@ -150,9 +144,6 @@ def test_treebank_equals_nltk_on_real_captions_and_is_fast(shared_data):
     assert [ours[i] for i in odd] == [nltk(captions[i]) for i in odd]
 
 
-# ---- ptb ----
-
-
 @pytest.mark.parametrize("text", GOLDEN_TOKENS)
 def test_ptb_equals_the_reference_on_the_golden_sentences(text):
     assert " ".join(ptb(text)) == GOLDEN_TOKENS[text]
@@ -194,9 +185,6 @@ def test_ptb_takes_linear_time(unit):
         return min(times)
 
     assert seconds(24_000) < 14 * seconds(3_000)
-
-
-# ---- all ----
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

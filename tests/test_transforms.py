@@ -64,9 +64,6 @@ GREY = gradient()[..., 0]
 GREY_RGB = np.stack([GREY] * 3, -1)
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", transforms.FORMATS)
 def test_every_documented_format_is_opened_by_its_contents(kind, tmp_path):
     Image.init()
@@ -323,8 +320,6 @@ def test_an_image_cut_anywhere_is_read_or_refused():
                 refused += 1
         assert refused > 10
 
-
-# ---- Transforms --------------------------------------------------------------------------------------------------
 
 PHOTO = torch.from_numpy(np.random.default_rng(1).integers(0, 255, (3, 300, 400), np.uint8))
 
