@@ -23,9 +23,7 @@ IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "path",
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "comment")
 SPLIT_NAMES = {"": None, "train": "train", "restval": "train", "test": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
-_FORMS = (
-    "give csv or tsv with the columns image and caption, json or jsonl with such keys, or COCO annotations or results"
-)
+_FORMS = "give csv or tsv with the columns image and caption, json or jsonl with such keys, or COCO's json"
 
 
 class Row(NamedTuple):

@@ -24,10 +24,7 @@ class Backbone(nn.Module):
     """An image network that gives one feature vector per image, or a grid for attention.
 
     Frozen unless `fine_tune` is called (`"tiny"`, which has no pretrained weights, starts trainable). It is always
-    in eval mode, so that batch norm keeps the statistics of the pretrained network.
-
-    Attributes:
-        feature_size: D.
+    in eval mode, so that batch norm keeps the statistics of the pretrained network. `feature_size` is D.
     """
 
     def __init__(
@@ -108,8 +105,7 @@ class Backbone(nn.Module):
     def fine_tune(self, layers: str | Iterable[str] | None) -> None:
         """Choose the layers to train by the beginning of their names: `["layer3", "layer4"]`, `""` all, `None` none.
 
-        Raises:
-            UserError: no layer has such a name.
+        A name that no layer has raises a `UserError`.
         """
         prefixes = [] if layers is None else [layers] if isinstance(layers, str) else list(layers)
         for prefix in prefixes:

@@ -32,20 +32,14 @@ from showtell.vocabulary import Vocabulary, spell_words
 class Caption:
     """A caption of an image.
 
-    Attributes:
-        text: the caption as a sentence: first letter capitalised, punctuation attached.
-        score: length-normalised log-probability, at most 0; comparable between images.
-        words: the words as the model generated them.
-        word_probs: the probability of each word, from 0 to 1, given the image and the words before it.
-        alphas: attention weights at each word, `(words, rows, columns)`, summing to 1 over the grid; only from models
-            with attention, and only on request.
+    `alphas`, only from models with attention and on request, sum to 1 over the grid at each word.
     """
 
-    text: str
-    score: float
-    words: list[str]
-    word_probs: list[float]
-    alphas: Tensor | None = None
+    text: str  # a sentence: first letter capitalised, punctuation attached
+    score: float  # length-normalised log-probability, at most 0; comparable between images
+    words: list[str]  # as the model generated them
+    word_probs: list[float]  # of each word, from 0 to 1, given the image and the words before it
+    alphas: Tensor | None = None  # attention weights, (words, rows, columns)
 
     @property
     def pieces(self) -> list[str]:
@@ -212,8 +206,7 @@ def load(model: str | os.PathLike | None = None, device: str | torch.device | No
     """Load a model by path or name; the released model by default, downloaded if it is not installed.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), or the name of a released model; a name without its
-            number, such as `showtell-classic`, means the newest version.
+        model: a checkpoint, a run folder (its best checkpoint), or a released model's name (see `released.locate`).
         device: where to run the model; a GPU if there is one.
 
     Raises:

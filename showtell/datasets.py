@@ -31,26 +31,16 @@ _ID = (int, str)
 
 @dataclass(eq=False, repr=False)
 class CaptionSet:
-    """The images of one split and their captions.
+    """The images of one split and their captions."""
 
-    Args:
-        name: The reader it came from.
-        split: The split.
-        image_ids: One for each image: an int where the annotations have one, else the file's name.
-        captions: The captions of each image.
-        files: Each image's path below `folder`; empty if the images are drawn.
-        missing: Files that the annotations list but that do not exist; their images are left out.
-        empty: How many empty captions were dropped.
-    """
-
-    name: str
+    name: str  # of the reader it came from
     split: str
-    image_ids: list
-    captions: list[list[str]]
-    files: list[str]
+    image_ids: list  # an int where the annotations have one, else the file's name
+    captions: list[list[str]]  # of each image
+    files: list[str]  # each image's path below `folder`; empty if the images are drawn
     folder: str | os.PathLike = ""
-    missing: list[str] = field(default_factory=list)
-    empty: int = 0
+    missing: list[str] = field(default_factory=list)  # listed files that do not exist; their images are left out
+    empty: int = 0  # how many empty captions were dropped
 
     def __post_init__(self):
         self.folder = os.fspath(self.folder)

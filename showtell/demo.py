@@ -36,17 +36,14 @@ PHOTOGRAPHS = (  # of scikit-image's, those that show a scene or an object
 def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int = N_TRAIN, epochs: int = 0) -> dict:
     """Train, caption and check, write `index.html` and `demo.png`, and print where they are.
 
+    Return the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; they
+    are written to `demo.json` too.
+
     Args:
-        out: the output folder: new, empty, or an earlier demo's, which is replaced.
+        out: the output folder: new, empty, or an earlier demo's, which is replaced; any other, or one in use, raises a
+            `UserError`.
         seed: random seed of the scenes and of training.
         n_train, epochs: number of training scenes, and of passes over them; 0 for the recipe's number.
-
-    Returns:
-        the rates of right captions, from 0 to 1: `seen`, `unseen`, and `constant` for the best single caption; also
-        written to `demo.json`.
-
-    Raises:
-        UserError: the folder holds something else, or is in use.
     """
     started = time.monotonic()
     folder = Path(out)

@@ -23,23 +23,14 @@ from showtell.files import lock, readable_size, require_free_space
 
 
 class Archive(NamedTuple):
-    """A zip file of a data set.
-
-    Attributes:
-        url: where it is.
-        checksum: its SHA-256, or `md5:` and its MD5.
-        size: its bytes; of Flickr8k's two about.
-        unpacked: the bytes of what is taken out of it, about.
-        contents: the files and folders that are taken out of it, with the number of files.
-        license: whose it is, and what it may be used for.
-    """
+    """A zip file of a data set."""
 
     url: str
-    checksum: str
-    size: int
-    unpacked: int
-    contents: dict[str, int]
-    license: str
+    checksum: str  # SHA-256, or `md5:` and the MD5
+    size: int  # in bytes; of Flickr8k's two about
+    unpacked: int  # bytes of what is taken out of it, about
+    contents: dict[str, int]  # the files and folders that are taken out of it, with the number of files
+    license: str  # whose it is, and what it may be used for
 
     @property
     def file(self) -> str:
@@ -48,17 +39,11 @@ class Archive(NamedTuple):
 
 
 class DataSet(NamedTuple):
-    """What `showtell download` fetches under one name.
-
-    Attributes:
-        archives: its zip files.
-        reader: the name of its reader in `showtell.datasets`.
-        recipe: the recipe that its first training run takes.
-    """
+    """What `showtell download` fetches under one name."""
 
     archives: tuple[Archive, ...]
-    reader: str
-    recipe: str
+    reader: str  # its name in `showtell.datasets.READERS`
+    recipe: str  # of its first training run
 
 
 _COCO = "http://images.cocodataset.org/"  # https has the wrong certificate there; the checksums stand for it
@@ -140,13 +125,7 @@ def names() -> list[str]:
 def run(name: str, data_dir: str | os.PathLike | None = None, yes: bool = False) -> int:
     """Download a data set into `data_dir` (default `data/NAME`), or a released model into the user's cache.
 
-    Args:
-        name: one of `names()`.
-        data_dir: the folder of the data set; made if it is not there.
-        yes: whether to start without asking.
-
-    Returns:
-        the exit code: 0, or 1 if the answer was no.
+    With `yes` it starts without asking. The name is one of `names()`. Return the exit code: 1 if the answer was no.
 
     Raises:
         UserError: an unknown name, no terminal to ask on, too little room, or an archive that is not what it should be.
@@ -184,10 +163,8 @@ def run(name: str, data_dir: str | os.PathLike | None = None, yes: bool = False)
                 if not users_own:
                     path.unlink()
         shutil.rmtree(folder / ".download", ignore_errors=True)
-    print(
-        f"train on it with: showtell train --dataset {dataset.reader} --data-dir {shlex.quote(str(folder))} "
-        f"--recipe {dataset.recipe} --out runs/{name}"
-    )
+    data = f"--dataset {dataset.reader} --data-dir {shlex.quote(str(folder))}"
+    print(f"train on it with: showtell train {data} --recipe {dataset.recipe} --out runs/{name}")
     return 0
 
 
@@ -201,10 +178,8 @@ def _count(folder: Path, contents: dict[str, int]) -> str:
 
 def _agreed(question: str, name: str, folder: Path) -> bool:
     if not sys.stdin or not sys.stdin.isatty():
-        raise UserError(
-            "there is no terminal to ask on; to agree to these terms, type: "
-            f"showtell download {name} --data-dir {shlex.quote(str(folder))} --yes"
-        )
+        command = f"showtell download {name} --data-dir {shlex.quote(str(folder))} --yes"
+        raise UserError(f"there is no terminal to ask on; to agree to these terms, type: {command}")
     try:
         return input(question).strip().lower() in ("y", "yes")
     except EOFError:  # Ctrl-D

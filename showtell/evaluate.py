@@ -83,19 +83,13 @@ def write_captions(
 
 @dataclass
 class Evaluation:
-    """The result of `evaluate`.
+    """The result of `evaluate`."""
 
-    Attributes:
-        about: model, dataset, split, images, beam_size. perplexity: token-weighted, over all true captions.
-        result: scores, intervals and health, as `showtell score` computes them.
-        captions: image id -> the caption. path: the COCO results file that holds them.
-    """
-
-    about: dict
-    perplexity: float
-    result: scoring.Result
-    captions: dict[str, Caption]
-    path: Path
+    about: dict  # model, dataset, split, images, beam_size
+    perplexity: float  # token-weighted, over all true captions
+    result: scoring.Result  # scores, intervals and health, as `showtell score` computes them
+    captions: dict[str, Caption]  # by image id
+    path: Path  # the COCO results file that holds them
 
     def to_json(self) -> dict:
         """Return the document of `showtell evaluate --json`; scores from 0 to 1, CIDEr to 10."""

@@ -75,11 +75,8 @@ class FeatureCache:
     """The features of one frozen backbone under one transform, for any number of image sets.
 
     Reading needs only the folder: a cache pickles into a few hundred bytes, and each loader worker, forked or spawned,
-    maps the file for itself. One process at a time may build; others may read meanwhile.
-
-    Attributes:
-        folder: the folder of this backbone's and this transform's features.
-        shape: the shape of one image's features, `(D,)` or `(L, D)`.
+    maps the file for itself. One process at a time may build; others may read meanwhile. `folder` is that of this
+    backbone and transform, `shape` that of one image's features, `(D,)` or `(L, D)`.
     """
 
     def __init__(
@@ -125,9 +122,7 @@ class FeatureCache:
         if transform != transform.evaluation():
             raise UserError("random transforms (random_crop, flip) cannot be cached; give transform.evaluation()")
         if transform.size is None:
-            raise UserError(
-                f"{transform} returns images of many shapes and a cache needs one; add a crop, as in crop=224"
-            )
+            raise UserError(f"{transform} returns images of many shapes, a cache needs one; add a crop, as in crop=224")
         if precision not in PRECISIONS:
             raise UserError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
 
@@ -162,12 +157,13 @@ class FeatureCache:
     def get(self, rows: np.ndarray | list[int]) -> Tensor:
         """Return the features of some rows, in their order: `(N, D)` or `(N, L, D)`, float16.
 
-        Raises:
-            IndexError: a row is -1, which stands for a broken image, or does not exist.
+        A row that is -1, which stands for a broken image, or does not exist raises an `IndexError`.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if self._map is None or (rows.size and rows.max() >= len(self._map)):
-            self._map = self._open_map()
+            # An empty file cannot be mapped.
+            shape = (self._rows_on_disk(), *self.shape)
+            self._map = np.memmap(self._features_file, "<f2", "r", shape=shape) if shape[0] else np.empty(shape, "<f2")
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self._map):
             raise IndexError(f"rows {rows.min()} to {rows.max()} are out of range; {self.folder} has {len(self._map)}")
         return torch.from_numpy(self._map[rows])  # fancy indexing copies: no view of the file escapes
@@ -186,11 +182,6 @@ class FeatureCache:
             return self._features_file.stat().st_size // self._row_bytes
         except FileNotFoundError:
             return 0
-
-    def _open_map(self) -> np.ndarray:
-        if not (n_rows := self._rows_on_disk()):
-            return np.empty((0, *self.shape), dtype="<f2")  # an empty file cannot be mapped
-        return np.memmap(self._features_file, dtype="<f2", mode="r", shape=(n_rows, *self.shape))
 
     def _find(self, caption_set: CaptionSet, i: int) -> int:
         """Return the row of image i, or -1."""
@@ -243,16 +234,14 @@ class FeatureCache:
         """Compute the features that a set still lacks; a complete cache is neither locked nor written to.
 
         Interrupted at any moment, even by a kill or a power cut, the next build continues where this one stopped. If
-        another process is building this cache, wait for it.
+        another process is building this cache, wait for it. Return one sentence for each image that could not be read;
+        it has no row.
 
         Args:
             num_workers: threads that read images while the network runs, at least one.
             device: where a copy of the backbone computes.
             progress: whether to write the size and a bar to standard error.
             max_broken: the number of images that may be unreadable.
-
-        Returns:
-            one sentence for each image that could not be read; it has no row.
 
         Raises:
             UserError: too little disk space, too many images or all of them are unreadable, or half precision cannot

@@ -62,12 +62,8 @@ def write_json(path: str | os.PathLike, value: object, indent: int | None = 1) -
 def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[None]:
     """Hold a folder, made if missing, for one writer; the system releases it when the process ends, killed or not.
 
-    Args:
-        doing: what the holder does, for the message that another process gets: "is training in".
-        wait: whether to wait for another process or thread, with a note on standard error, rather than raise.
-
-    Raises:
-        UserError: another process or thread, or this one, holds the folder.
+    `doing` tells others what the holder does: "is training in". With `wait`, wait for another process or thread, with a
+    note on standard error; without it, or if this thread holds the folder itself, raise a `UserError`.
     """
     folder = Path(folder).absolute()
     me = f"process {os.getpid()} on {socket.gethostname()}"

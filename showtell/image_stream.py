@@ -26,21 +26,13 @@ Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of last chang
 
 
 class LoadedImage(NamedTuple):
-    """An image ready for the network, or the error that explains why it is not.
+    """An image ready for the network, or the error that explains why it is not."""
 
-    Attributes:
-        index: its position among the sources.
-        pixels: `(3, S, S)` float32, transformed; None where there is an error.
-        error: why it could not be read.
-        digest: of the file's bytes, or of the pixels of an image that is not a file.
-        stamp: of its file, taken before the file was read.
-    """
-
-    index: int
-    pixels: Tensor | None = None
-    error: BrokenImageError | MissingFileError | None = None
-    digest: str = ""
-    stamp: Stamp | None = None
+    index: int  # among the sources
+    pixels: Tensor | None = None  # (3, S, S) float32, transformed; None where there is an error
+    error: BrokenImageError | MissingFileError | None = None  # why it could not be read
+    digest: str = ""  # of the file's bytes, or of the pixels of an image that is not a file
+    stamp: Stamp | None = None  # of the file, taken before it was read
 
 
 def stream_images(

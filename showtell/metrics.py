@@ -268,10 +268,9 @@ def score(
             raise UserError(f"image {image!r} has captions that are not text; {advice}")
     tokenize = _tokenizer(tokenizer)
     if frequencies is not None and frequencies.tokenizer != tokenizer:
-        raise UserError(
-            f"the document frequencies were counted with the tokeniser {frequencies.tokenizer!r}, not {tokenizer!r}; "
-            f"count them with DocumentFrequencies.build(references, {tokenizer!r})"
-        )
+        advice = f"count them with DocumentFrequencies.build(references, {tokenizer!r})"
+        given = f"the document frequencies were counted with the tokeniser {frequencies.tokenizer!r}"
+        raise UserError(f"{given}, not {tokenizer!r}; {advice}")
     groups = [[tokenize(caption) for caption in references[image]] for image in ids]
     corpus = Corpus(groups, [tokenize(candidates[image]) for image in ids], frequencies)
     scores = Scores(ids, dict.fromkeys(labels()), {}, tokenizer, sum(map(len, groups)))

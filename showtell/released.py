@@ -57,14 +57,10 @@ def locate(name: str | None = None, download: bool = True) -> Path:
 
     The places, in this order: the checkout's `models/`; the folder in the environment variable `SHOWTELL_MODELS`; the
     user's cache; a download into that cache, from `SHOWTELL_MODELS` if that is an http(s) address, else from the
-    release's page.
+    release's page, if `download` allows it.
 
-    Args:
-        name: `showtell-classic-1`, or `showtell-classic` for the newest version; by default the model with attention.
-        download: whether to download it if need be.
-
-    Raises:
-        MissingFileError: there is no such model, or it cannot be downloaded; the message says what to do by hand.
+    The name is `showtell-classic-1`, or `showtell-classic` for the newest version; by default it is the model with
+    attention. A `MissingFileError` says what to do by hand where there is no such model or it cannot be downloaded.
     """
     name = name or DEFAULT
     folders, base_url = _places()
@@ -72,16 +68,12 @@ def locate(name: str | None = None, download: bool = True) -> Path:
         if file := _newest(name, [path.name for path in folder.glob("*.safetensors")]):
             return folder / file
     if missing := next((folder for folder in folders[1:] if not folder.is_dir()), None):
-        raise MissingFileError(
-            f"SHOWTELL_MODELS is {missing}, which is not a folder; name a folder of models or an http(s) address"
-        )
+        raise MissingFileError(f"SHOWTELL_MODELS is {missing}, not a folder; name a folder of models or a web address")
     file = _newest(name, RELEASES)
     if file is None:
         there = {path.stem for folder in folders for path in folder.glob("*.safetensors")}
         known = ", ".join(sorted(there | {Path(file).stem for file in RELEASES}))
-        raise MissingFileError(
-            f"there is no model {name}; give a checkpoint, a run folder or the name of a released model: {known}"
-        )
+        raise MissingFileError(f"there is no model {name}; give a checkpoint, run folder or released model: {known}")
     size, sha256 = RELEASES[file]
     path = cache_folder() / file
     if not path.is_file() or path.stat().st_size != size:
@@ -155,9 +147,8 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
             try:
                 _download(url, part)
             except RequestException as error:
-                raise MissingFileError(
-                    f"cannot download {url} ({_reason(error, url)}); check the network and try again, {by_hand}"
-                ) from None
+                problem = f"cannot download {url} ({_reason(error, url)})"
+                raise MissingFileError(f"{problem}; check the network and try again, {by_hand}") from None
             if is_verified(part):
                 os.replace(part, path)
                 break

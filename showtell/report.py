@@ -49,29 +49,18 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Card:
-    """One captioned image.
+    """One captioned image."""
 
-    Attributes:
-        image: anything `showtell.transforms.read_image` reads, or None where there is no image.
-        title: the image's id or file name.
-        references: the true captions.
-        pieces: `predicted` cut into its words, each with the space before it (`Caption.pieces`).
-        word_probs: the probability of each of `pieces`, 0 to 1.
-        score: how good the caption is, higher being better; cards are sorted by it.
-        ok: whether the caption is right, or None where that is unknown. notes: the reasons.
-        alternatives: further predicted captions, such as the rest of an n-best list.
-    """
-
-    image: Any
-    title: str
+    image: Any  # whatever `showtell.transforms.read_image` reads, or None where there is no image
+    title: str  # the image's id or file name
     predicted: str
-    references: Sequence[str] = ()
-    pieces: Sequence[str] = ()
-    word_probs: Sequence[float] = ()
-    score: float | None = None
-    ok: bool | None = None
-    notes: Sequence[str] = ()
-    alternatives: Sequence[str] = ()
+    references: Sequence[str] = ()  # the true captions
+    pieces: Sequence[str] = ()  # `predicted` cut into its words, each with the space before it (`Caption.pieces`)
+    word_probs: Sequence[float] = ()  # the probability of each of `pieces`, 0 to 1
+    score: float | None = None  # the higher the better; cards are sorted by it
+    ok: bool | None = None  # whether the caption is right, or None where that is unknown
+    notes: Sequence[str] = ()  # why it is wrong
+    alternatives: Sequence[str] = ()  # further predicted captions, such as the rest of an n-best list
 
     def __post_init__(self) -> None:
         if len(self.word_probs) not in (0, len(self.pieces)):
@@ -151,13 +140,8 @@ def write_page(
 ) -> Path:
     """Write one HTML file that opens anywhere, offline, in light or dark mode; return its path.
 
-    Args:
-        summary: a sentence or two under the title.
-        tiles: key numbers, each `(label, value)` or `(label, value, hint)`.
-        sections: what the page shows, in order; charts and narrow tables stand side by side where there is room.
-
-    Raises:
-        BrokenImageError: a card's image cannot be read.
+    `summary` is a sentence or two under the title. Charts and narrow tables stand side by side where there is room. A
+    card's image that cannot be read raises a `BrokenImageError`.
     """
     from jinja2 import Environment, StrictUndefined
 

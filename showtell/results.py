@@ -74,10 +74,8 @@ def write_results(
 def image_finder(folder: str | os.PathLike, references: str | os.PathLike) -> Callable[[str], Path | None]:
     """Return a function from image ids to files of a folder, of any depth, by name or by number in the name.
 
-    If `references` is a file of COCO annotations, its `images` map ids to file names too.
-
-    Raises:
-        MissingFileError: there is no such folder.
+    If `references` is a file of COCO annotations, its `images` map ids to file names too. A folder that does not exist
+    raises a `MissingFileError`.
     """
     if not Path(folder).is_dir():
         raise MissingFileError(f"there is no folder {folder}; give the folder of the images with --images")

@@ -53,25 +53,16 @@ def _some(images: Sequence[str], n: int = 3) -> str:
 
 @dataclass
 class Result:
-    """The scores of one system.
+    """The scores of one system."""
 
-    Attributes:
-        name: the name of its file.
-        captions: its captions by image.
-        intervals: metric -> 95 % interval over images, if requested.
-        against: the name of the first system, with which the later ones are compared.
-        differences: metric -> how this system differs from the first.
-        missing: metric -> why it was not computed and what to do about it.
-    """
-
-    name: str
+    name: str  # of its file
     scores: metrics.Scores
     health: dict[str, float | int | None]
-    captions: dict[str, str]
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
-    against: str | None = None
-    differences: dict[str, metrics.Difference] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, str]  # by image
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # metric -> 95 % over images, if requested
+    against: str | None = None  # the name of the first system, with which the later ones are compared
+    differences: dict[str, metrics.Difference] = field(default_factory=dict)  # metric -> from the first system
+    missing: dict[str, str] = field(default_factory=dict)  # metric -> why it was not computed, and what to do about it
 
     def to_json(self) -> dict[str, object]:
         """Return the scores by name, then `n_images`, `n_references`, `tokenizer`, `intervals`, `health` …"""

@@ -148,8 +148,7 @@ class Transform:
         mean, std: Each channel, whose values are from 0 to 1, becomes (value - mean) / std.
         mirror: Mirror every image, in evaluation too, for a feature cache of the mirror images.
 
-    Raises:
-        UserError: the sizes contradict each other.
+    Sizes that contradict each other raise a `UserError`.
     """
 
     resize: int | tuple[int, int] | None = 256

@@ -16,7 +16,7 @@ from file_server import FileServer
 
 from showtell import datasets, download, released
 from showtell.__main__ import main
-from showtell.download import DATASETS, Archive, unpack
+from showtell.download import DATASETS, unpack
 from showtell.errors import MissingFileError, UserError
 from showtell.recipes import recipe_named
 
@@ -100,12 +100,8 @@ def server(monkeypatch, tmp_path):
                 data = FILES[archive.file]
                 algorithm = "md5:" if archive.checksum.startswith("md5:") else ""
                 digest = hashlib.new(algorithm.strip(":") or "sha256", data).hexdigest()
-                archives.append(
-                    Archive(
-                        server.url + archive.file, algorithm + digest, len(data), len(data), archive.contents,
-                        archive.license,
-                    )
-                )  # fmt: skip
+                sizes = {"size": len(data), "unpacked": len(data)}
+                archives.append(archive._replace(url=server.url + archive.file, checksum=algorithm + digest, **sizes))
             small[name] = dataset._replace(archives=tuple(archives))
         monkeypatch.setattr(download, "DATASETS", small)
         yield server

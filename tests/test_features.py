@@ -549,12 +549,9 @@ def test_a_folder_without_one_readable_image_stops_the_build(images, cache):
 @pytest.mark.parametrize(
     ("transform", "sentence"),
     [
-        (
-            Transform(resize=72, crop=64, random_crop=True),
-            r"random_crop, flip\) cannot be cached; give transform.evaluation",
-        ),
+        (Transform(72, 64, random_crop=True), r"random_crop, flip\) cannot be cached; give transform.evaluation"),
         (Transform(resize=(64, 64), flip=True), r"random_crop, flip\) cannot be cached; give transform.evaluation"),
-        (Transform(resize=64), r"many shapes and a cache needs one; add a crop"),
+        (Transform(resize=64), r"many shapes, a cache needs one; add a crop"),
         (lambda image: image, r"a function is not a transform that a cache can identify"),
     ],
 )
