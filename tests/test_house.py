@@ -159,9 +159,25 @@ def test_only_notebooks_and_users_import_a_front_door():
     assert front_door_users("from showtell.model import EncoderCNN\nfrom . import model") == set()
 
 
-def test_importing_the_package_imports_nothing_slow():
-    slow = "torch torchvision numpy PIL matplotlib nltk skimage pycocotools tqdm"
-    result = python(f"import sys, showtell; print(sorted(set(sys.modules) & set({slow.split()})))")
+PAGE = "write_page(PATH, 't', '', [('a', 1)], [Table('t', ['a'], [['b']]), Gallery('g', [Card(None, '1', 'a cat')])])"
+DATA = """from showtell import annotations, datasets, scoring, synthetic, tokenizer, transforms as t
+t.Transform.from_dict(t.IMAGENET_TRAIN.to_dict()).evaluation().fingerprint(), t.mirror_caption("left")
+datasets.load("synthetic", n=2).references(), [cut("it's a dog. a cat") for cut in tokenizer.TOKENIZERS.values()]"""
+
+
+@pytest.mark.parametrize(
+    ("code", "slow"),
+    [
+        ("import showtell", "torch torchvision numpy PIL matplotlib nltk skimage pycocotools tqdm"),
+        ("import showtell.download, showtell.released", "torch requests numpy"),
+        (DATA, "torch torchvision matplotlib jinja2 nltk java"),
+        (f"from showtell.report import *; {PAGE}", "torch matplotlib"),
+    ],
+    ids=["package", "download", "data", "page"],
+)
+def test_nothing_slow_is_imported_without_need(code: str, slow: str, tmp_path: Path):
+    code = code.replace("PATH", repr(str(tmp_path / "page.html")))
+    result = python(f"{code}\nimport sys; print(sorted(sys.modules.keys() & set({slow.split()})))")
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
 
 

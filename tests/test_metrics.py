@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from showtell import java_metrics, metrics
 from showtell.errors import UserError
@@ -195,22 +197,17 @@ def _slow_rouge(group, candidate):
     return 2.44 * precision * recall / (recall + 1.44 * precision) if precision and recall else 0.0
 
 
-def test_the_fast_scores_equal_the_definitions():
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    caption = st.lists(st.sampled_from("abcde"), max_size=9)
-    image = st.tuples(st.lists(caption, min_size=1, max_size=4), caption)
+SHORT = st.lists(st.sampled_from("abcde"), max_size=9)
 
-    @hypothesis.settings(max_examples=200)
-    @hypothesis.given(st.lists(image, min_size=1, max_size=5))
-    def check(images):
-        references, candidates = [group for group, _ in images], [candidate for _, candidate in images]
-        np.testing.assert_allclose(bleu(references, candidates)[0], _slow_bleu(references, candidates), atol=1e-12)
-        np.testing.assert_allclose(cider_d(references, candidates)[1], _slow_cider(references, candidates), atol=1e-9)
-        expected = [_slow_rouge(group, candidate) for group, candidate in images]
-        np.testing.assert_allclose(rouge_l(references, candidates)[1], expected, atol=1e-12)
 
-    check()
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.lists(SHORT, min_size=1, max_size=4), SHORT), min_size=1, max_size=5))
+def test_the_fast_scores_equal_the_definitions(images):
+    references, candidates = [group for group, _ in images], [candidate for _, candidate in images]
+    np.testing.assert_allclose(bleu(references, candidates)[0], _slow_bleu(references, candidates), atol=1e-12)
+    np.testing.assert_allclose(cider_d(references, candidates)[1], _slow_cider(references, candidates), atol=1e-9)
+    expected = [_slow_rouge(group, candidate) for group, candidate in images]
+    np.testing.assert_allclose(rouge_l(references, candidates)[1], expected, atol=1e-12)
 
 
 def test_document_frequencies_of_the_same_references_change_nothing_and_make_one_image_scorable():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import random
@@ -11,6 +12,8 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from showtell.tokenizer import _ABBREVIATIONS, DEFAULT_TOKENIZER, TOKENIZERS, ptb, treebank, unicode, words
 
@@ -57,21 +60,14 @@ def test_unicode_keeps_words_of_any_script_whole(text, expected):
     assert TOKENIZERS[DEFAULT_TOKENIZER] is unicode
 
 
-def test_unicode_is_the_same_for_equal_looking_and_for_its_own_text():
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    letters = st.text(st.sampled_from("aİßΣσÅÅéе́क्ड़ำ각ﬁ'’-_ \u0301\u0323\u200c\xad") | st.characters(), max_size=12)
-
-    @hypothesis.given(letters)
-    def check(text):
-        tokens = unicode(text)
-        assert unicode(unicodedata.normalize("NFD", text)) == tokens
-        assert unicode(" ".join(tokens)) == tokens
-        if text.isascii():  # the fast path, which differs from `words` in outer apostrophes only
-            parts = [part.strip("'") for word in words(text) for part in re.split("''+", word)]
-            assert tokens == [part for part in parts if part]
-
-    check()
+@given(st.text(st.sampled_from("aİßΣσÅÅéе́क्ड़ำ각ﬁ'’-_ \u0301\u0323\u200c\xad") | st.characters(), max_size=12))
+def test_unicode_is_the_same_for_equal_looking_and_for_its_own_text(text):
+    tokens = unicode(text)
+    assert unicode(unicodedata.normalize("NFD", text)) == tokens
+    assert unicode(" ".join(tokens)) == tokens
+    if text.isascii():  # the fast path, which differs from `words` in outer apostrophes only
+        parts = [part.strip("'") for word in words(text) for part in re.split("''+", word)]
+        assert tokens == [part for part in parts if part]
 
 
 def test_words_keeps_its_old_meaning_for_old_checkpoints():
@@ -94,6 +90,7 @@ def test_treebank_cuts_like_nltk(text, expected):
     assert treebank(text) == expected.split()
 
 
+@functools.cache
 def _word_tokenize():
     """NLTK's `word_tokenize(text.lower())`, with our abbreviations for its sentence model, which is a download."""
     pytest.importorskip("nltk")
@@ -111,18 +108,10 @@ def test_treebank_equals_nltk_on_the_golden_sentences():
     assert {text: treebank(text) for text in GOLDEN_TOKENS} == {text: nltk(text) for text in GOLDEN_TOKENS}
 
 
-def test_treebank_equals_nltk_on_anything():
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    nltk = _word_tokenize()
-    piece = st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " ", " "])).map("".join)
-
-    @hypothesis.settings(max_examples=600)
-    @hypothesis.given(st.lists(piece, max_size=8).map("".join))
-    def check(text):
-        assert treebank(text) == nltk(text)
-
-    check()
+@settings(max_examples=600)
+@given(st.lists(st.tuples(st.sampled_from(PIECES), st.sampled_from(["", " ", " "])).map("".join), max_size=8))
+def test_treebank_equals_nltk_on_anything(pieces):
+    assert treebank("".join(pieces)) == _word_tokenize()("".join(pieces))
 
 
 def _real_captions(shared_data: Path) -> list[str]:
