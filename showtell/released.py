@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from showtell import __version__
-from showtell.errors import MissingFileError, UserError
+from showtell.errors import MissingFileError, UserError, print_text
 from showtell.files import lock, readable_size, require_free_space
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def fetch(url: str, path: Path, checksum: str) -> Path:
             problem = f"{url} gave a file with another {title}, which was deleted"
             if attempt == 2:
                 raise UserError(f"{problem}, twice; try again later, {by_hand}")
-            _say(f"{problem}; downloading it again")
+            print_text(f"showtell: {problem}; downloading it again", sys.stderr)
     shutil.rmtree(work, ignore_errors=True)
     return path
 
@@ -199,7 +199,8 @@ def _receive(response: requests.Response, url: str, part: Path, have: int) -> bo
     if response.status_code != 206:  # the server ignores Range and sends the whole file
         have = 0
     total = have + int(response.headers.get("Content-Length", 0)) or None
-    _say(f"downloading {url}" + (f", continuing at {readable_size(have)}" if have else ""))
+    continuing = f", continuing at {readable_size(have)}" if have else ""
+    print_text(f"showtell: downloading {url}{continuing}", sys.stderr)
     name = Path(urlsplit(url).path).name
     with (
         open(part, "ab" if have else "wb") as file,
@@ -224,7 +225,3 @@ def _reason(error: Exception, url: str) -> str:
     if isinstance(error, requests.ConnectionError):
         return f"no connection to {urlsplit(url).netloc}"
     return f"the connection broke: {type(error).__name__}"
-
-
-def _say(text: str) -> None:
-    print(f"showtell: {text}", file=sys.stderr, flush=True)

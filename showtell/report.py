@@ -145,20 +145,17 @@ def write_page(
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
-    )
+    def finalize(value: Any) -> Any:
+        return value if hasattr(value, "__html__") else clean(value)  # what is HTML already stays as it is
+
+    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(autoescape=True, finalize=finalize, **options)
     environment.filters |= {"cell": _cell, "data_uri": _data_uri, "sha256": _sha256}
     environment.globals |= {"light": LIGHT, "dark": DARK}
     template = environment.from_string(resources.files("showtell").joinpath("report.html").read_text("utf-8"))
     tiles = [Tile(*tile) for tile in tiles]
     write_text(path, template.render(title=title, summary=summary, tiles=tiles, sections=list(sections)))
     return Path(path)
-
-
-def _clean(value: Any) -> Any:
-    """Return a template's value as text that a page can hold; what is HTML already stays as it is."""
-    return value if hasattr(value, "__html__") else clean(value)
 
 
 def _cell(value: object, digits: int | None = None) -> str:
