@@ -41,18 +41,14 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Metric:
-    """One entry of `METRICS`; a higher value is a better one.
+    """One entry of `METRICS`; a higher value is a better one."""
 
-    Attributes:
-        label: the name in tables; or value name -> label, for a metric of several values.
-        rows: from a `Corpus`, the numbers of each image, (N,) or (N, K). None if they come from outside and reach the
-            scores through `Scores.add`, as those of METEOR and SPICE do.
-        values: from the sums of any number of rows, (..., K), and the number of images, the metric's values for them:
-            (...), or (..., number of labels). Bootstrap and paired tests use it too.
-    """
-
-    label: str | Mapping[str, str]
+    label: str | Mapping[str, str]  # in tables; or value name -> label, for a metric of several values
+    # From a `Corpus`, the numbers of each image, (N,) or (N, K). None if they come from outside and reach the scores
+    # through `Scores.add`, as those of METEOR and SPICE do.
     rows: Callable[[Corpus], np.ndarray] | None = None
+    # From the sums of any number of rows, (..., K), and the number of images, the metric's values for them: (...), or
+    # (..., number of labels). Bootstrap and paired tests use it too.
     values: Callable[[np.ndarray, int], np.ndarray] = lambda sums, n_images: sums[..., 0] / n_images  # the mean
 
     def labels(self, key: str) -> Mapping[str, str]:

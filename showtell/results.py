@@ -30,12 +30,9 @@ def write_results(
 ) -> Path:
     """Write one self-contained page: scores with intervals, best and worst images, health, lengths and words.
 
-    Args:
-        references: the true captions of each image.
-        image: from an image id to anything `showtell.transforms.read_image` reads, or to None.
-        about: one line that says what was scored.
-        tiles: key numbers besides the scores.
-        captions: the `showtell.captioner.Caption` of each image, if known, for the word probabilities.
+    `image` leads from an image id to anything `showtell.transforms.read_image` reads, or to None; `about` is one line
+    that says what was scored; `captions`, if there are any, are the `showtell.captioner.Caption`s with the word
+    probabilities.
     """
     scores, per_image = result.scores, result.scores.per_image
     cider, rouge = (dict(zip(scores.ids, per_image[name].tolist(), strict=True)) for name in ("CIDEr", "ROUGE_L"))

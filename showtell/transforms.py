@@ -138,26 +138,16 @@ class Transform:
     """How an image becomes a network's input: resize, crop, flip, normalise.
 
     With `flip`, "left" and "right" change their meaning: the loader applies `mirror_caption` to the captions of the
-    images that it mirrors.
-
-    Args:
-        resize: An int resizes the shorter side to it; a pair (S, S) squashes the whole image; None does not resize.
-        crop: The side of the square crop; None crops nothing. A smaller image is first enlarged to it.
-        random_crop: In training, crop at a random position; otherwise, and always in evaluation, in the middle.
-        flip: In training, mirror half of the images.
-        mean, std: Each channel, whose values are from 0 to 1, becomes (value - mean) / std.
-        mirror: Mirror every image, in evaluation too, for a feature cache of the mirror images.
-
-    Sizes that contradict each other raise a `UserError`.
+    images that it mirrors. Sizes that contradict each other raise a `UserError`.
     """
 
-    resize: int | tuple[int, int] | None = 256
-    crop: int | None = None
-    random_crop: bool = False
-    flip: bool = False
-    mean: tuple[float, float, float] = IMAGENET_MEAN
+    resize: int | tuple[int, int] | None = 256  # the shorter side to S; with (S, S) squash the image; None: not at all
+    crop: int | None = None  # the side of the square crop, to which a smaller image is first enlarged; None: no crop
+    random_crop: bool = False  # in training, crop at a random place; otherwise, and always in evaluation, the middle
+    flip: bool = False  # in training, mirror half of the images
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # each channel, from 0 to 1, becomes (value - mean) / std
     std: tuple[float, float, float] = IMAGENET_STD
-    mirror: bool = False
+    mirror: bool = False  # mirror every image, in evaluation too, for a feature cache of the mirror images
 
     def __post_init__(self):
         for name in ("resize", "mean", "std"):  # JSON has lists, and a hashable specification needs tuples
