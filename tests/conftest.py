@@ -6,7 +6,9 @@ A test marked `java`, `browser`, `gpu` or `realdata` is skipped, with the reason
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import os
 import random
 import shutil
@@ -85,6 +87,15 @@ def flickr8k(shared_data: Path) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no flickr8k in {shared_data}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def golden_coco(shared_data: Path) -> dict:
+    """Captions of 2,500 images of COCO, with the tokens and scores that coco-caption gives them."""
+    path = shared_data.parent / "reference" / "metrics" / "coco_val2017_a.json.gz"
+    if not path.is_file():
+        pytest.skip(f"no {path.name} beside the data")
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import multiprocessing
@@ -9,7 +10,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -28,6 +28,8 @@ from showtell.datasets import CaptionSet, load
 from showtell.errors import UserError
 from showtell.features import FeatureCache, fingerprint
 from showtell.transforms import TINY, Transform
+
+ROOT = Path(__file__).parent.parent
 
 
 def frozen(name: str = "tiny", seed: int = 0, **arguments) -> Backbone:
@@ -259,30 +261,27 @@ BUILD_SLOWLY = textwrap.dedent(
 )
 
 
-def build_in_another_process(cache_folder: Path, images: CaptionSet, pause_s: float) -> subprocess.Popen:
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    arguments = [str(cache_folder), images.folder, str(pause_s)]
-    environment = {**os.environ, "PYTHONPATH": path}
-    root = Path(__file__).parent.parent
-    return subprocess.Popen([sys.executable, "-c", BUILD_SLOWLY, *arguments], env=environment, cwd=root)
-
-
-def wait_until(condition, process: subprocess.Popen, timeout_s: float = 60) -> None:
-    limit = time.monotonic() + timeout_s
-    while not condition():
-        assert process.poll() is None, "the build ended before it could be disturbed"
-        assert time.monotonic() < limit, "the build makes no progress"
-        time.sleep(0.02)
+@contextlib.contextmanager
+def building_elsewhere(cache: FeatureCache, images: CaptionSet, pause_s: float, n_rows: int):
+    """Another process that builds the cache slowly and has `n_rows` or more; it is killed at the end."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", BUILD_SLOWLY, str(cache.folder.parent), images.folder, str(pause_s)]
+    with subprocess.Popen(command, env=environment, cwd=ROOT) as process:
+        try:
+            limit = time.monotonic() + 60
+            while len(cache) < n_rows:
+                assert process.poll() is None, "the build ended before it could be disturbed"
+                assert time.monotonic() < limit, "the build makes no progress"
+                time.sleep(0.02)
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path, images, backbone, cache, monkeypatch):
     images = write_images(Path(images.folder), 30, first=10)
-    process = build_in_another_process(tmp_path / "cache", images, 0.15)
-    try:
-        wait_until(lambda: len(cache) >= 4, process)
-    finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+    with building_elsewhere(cache, images, 0.15, n_rows=4):
+        pass
     done = len(FeatureCache.open(tmp_path / "cache", backbone, TINY))
     assert 4 <= done < 40
     computed = count_computed(monkeypatch)
@@ -292,18 +291,13 @@ def test_a_killed_build_goes_on_where_it_stopped(tmp_path, images, backbone, cac
 
 
 def test_a_second_build_waits_for_the_first_and_computes_nothing_again(tmp_path, images, cache, monkeypatch, capfd):
-    process = build_in_another_process(tmp_path / "cache", images, 0.2)
-    try:
-        wait_until(lambda: len(cache) >= 2, process)
+    with building_elsewhere(cache, images, 0.2, n_rows=2) as process:
         reader = FeatureCache.open(tmp_path / "cache", frozen(), TINY)
         rows = reader.rows(images)
         assert reader.get(rows[rows >= 0]).isfinite().all()
         computed = count_computed(monkeypatch)
         assert cache.build(images, progress=False) == []
         assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.wait()
     assert computed == []
     assert cache.missing(images) == []
     note = capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 import re
@@ -55,34 +54,28 @@ def test_the_golden_scores(metric):
     np.testing.assert_allclose(scores.per_image[metric], GOLDEN["per_image"][metric], atol=1e-9)
 
 
-@pytest.fixture(scope="module")
-def coco(shared_data) -> dict:
-    path = shared_data.parent / "reference" / "metrics" / "coco_val2017_a.json.gz"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside the data")
-    return json.loads(gzip.decompress(path.read_bytes()))
-
-
-def test_the_scores_of_2500_coco_images(coco, monkeypatch):
+def test_the_scores_of_2500_coco_images(golden_coco, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")  # no Java
-    scores = score(coco["references"], coco["candidates"])
+    scores = score(golden_coco["references"], golden_coco["candidates"])
     for metric in PURE:
-        assert scores[metric] == pytest.approx(coco["scores"][metric], abs=1e-9)
+        assert scores[metric] == pytest.approx(golden_coco["scores"][metric], abs=1e-9)
     for metric in ("Bleu_4", "ROUGE_L", "CIDEr"):
-        expected = [coco["per_image"][image][metric] for image in scores.ids]
+        expected = [golden_coco["per_image"][image][metric] for image in scores.ids]
         np.testing.assert_allclose(scores.per_image[metric], expected, atol=1e-9)
 
 
 @pytest.mark.java
-def test_meteor_of_2500_coco_images(coco):
-    tokens = [coco["tokens"][image] for image in coco["candidates"]]
+def test_meteor_of_2500_coco_images(golden_coco):
+    tokens = [golden_coco["tokens"][image] for image in golden_coco["candidates"]]
     rows = java_metrics.meteor_statistics(
         [[caption.split() for caption in t["references"]] for t in tokens], [t["candidate"].split() for t in tokens]
     )
     each = java_metrics.meteor_from_statistics(rows)
-    np.testing.assert_allclose(each, [coco["per_image"][image]["METEOR"] for image in coco["candidates"]], atol=1e-9)
+    np.testing.assert_allclose(
+        each, [golden_coco["per_image"][image]["METEOR"] for image in golden_coco["candidates"]], atol=1e-9
+    )
     corpus = java_metrics.meteor_from_statistics(rows.sum(axis=0))
-    assert corpus == pytest.approx(coco["scores"]["METEOR"], abs=1e-9)
+    assert corpus == pytest.approx(golden_coco["scores"]["METEOR"], abs=1e-9)
 
 
 @pytest.mark.java

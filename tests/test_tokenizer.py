@@ -138,15 +138,11 @@ def test_ptb_equals_the_reference_on_the_golden_sentences(text):
     assert " ".join(ptb(text)) == GOLDEN_TOKENS[text]
 
 
-def test_ptb_equals_the_reference_on_every_caption_of_the_coco_file(shared_data):
-    path = shared_data.parent / "reference" / "metrics" / "coco_val2017_a.json.gz"
-    if not path.is_file():
-        pytest.skip(f"no {path.name} beside the data")
-    golden = json.loads(gzip.decompress(path.read_bytes()))
-    assert len(golden["tokens"]) == 2500
-    for image, expected in golden["tokens"].items():
-        assert [" ".join(ptb(text)) for text in golden["references"][image]] == expected["references"]
-        assert " ".join(ptb(golden["candidates"][image])) == expected["candidate"]
+def test_ptb_equals_the_reference_on_every_caption_of_the_coco_file(golden_coco):
+    assert len(golden_coco["tokens"]) == 2500
+    for image, expected in golden_coco["tokens"].items():
+        assert [" ".join(ptb(text)) for text in golden_coco["references"][image]] == expected["references"]
+        assert " ".join(ptb(golden_coco["candidates"][image])) == expected["candidate"]
 
 
 @pytest.mark.java
