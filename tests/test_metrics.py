@@ -16,20 +16,7 @@ from hypothesis import strategies as st
 
 from showtell import java_metrics, metrics
 from showtell.errors import UserError
-from showtell.metrics import (
-    METRICS,
-    Corpus,
-    DocumentFrequencies,
-    Metric,
-    bleu,
-    bootstrap,
-    cider_d,
-    health,
-    paired,
-    perplexity,
-    rouge_l,
-    score,
-)
+from showtell.metrics import DocumentFrequencies, Metric, bleu, bootstrap, cider_d, health, paired, rouge_l, score
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "captions.json").read_text(encoding="utf-8"))
 PURE = ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr")
@@ -222,18 +209,18 @@ def test_document_frequencies_of_another_tokeniser_are_refused():
     score(GOLDEN["references"], GOLDEN["candidates"], frequencies=table, tokenizer="treebank")
 
 
-def exact_match(corpus: Corpus) -> np.ndarray:
+def exact_match(corpus: metrics.Corpus) -> np.ndarray:
     return np.array([c in group for c, group in zip(corpus.candidates, corpus.references, strict=True)])
 
 
-def lengths(corpus: Corpus) -> np.ndarray:
+def lengths(corpus: metrics.Corpus) -> np.ndarray:
     return np.array([[len(c), len(group[0])] for c, group in zip(corpus.candidates, corpus.references, strict=True)])
 
 
 def test_a_metric_is_a_function_and_a_line(monkeypatch):
     from showtell.scoring import format_table, score_captions
 
-    monkeypatch.setitem(METRICS, "Exact", Metric("exact match", exact_match))
+    monkeypatch.setitem(metrics.METRICS, "Exact", Metric("exact match", exact_match))
     assert list(metrics.labels())[-2:] == ["SPICE", "Exact"]
     assert metrics.names() == [*PURE, "Exact"]
 
@@ -256,7 +243,7 @@ def test_a_metric_may_have_several_values_that_are_no_means(monkeypatch):
     def ratios(sums: np.ndarray, n_images: int) -> np.ndarray:
         return np.stack([sums[..., 0] / sums[..., 1], sums[..., 0] / n_images], axis=-1)
 
-    monkeypatch.setitem(METRICS, "Length", Metric({"ratio": "length ratio", "words": "words"}, lengths, ratios))
+    monkeypatch.setitem(metrics.METRICS, "Length", Metric({"ratio": "length ratio", "words": "words"}, lengths, ratios))
     references = {"1": ["a dog"], "2": ["a dog and a cat and a bird"]}
     scores = score(references, {"1": "a dog", "2": "a cat"})
     assert (scores["ratio"], scores["words"]) == (0.4, 2)
@@ -304,10 +291,10 @@ def test_an_unknown_tokeniser_is_refused_and_another_is_noted():
 
 
 def test_perplexity_is_per_word():
-    assert perplexity(100 * math.log(7), 100) == perplexity(math.log(7)) == pytest.approx(7)
-    assert math.isfinite(perplexity(1e9, 1))
+    assert metrics.perplexity(100 * math.log(7), 100) == metrics.perplexity(math.log(7)) == pytest.approx(7)
+    assert math.isfinite(metrics.perplexity(1e9, 1))
     with pytest.raises(UserError, match="at least one word"):
-        perplexity(0.0, 0)
+        metrics.perplexity(0.0, 0)
 
 
 def test_the_bootstrap_resamples_images():

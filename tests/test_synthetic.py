@@ -12,22 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from showtell.errors import UserError
-from showtell.sentences import NUMBERS, PLACES, RELATIONS
-from showtell.synthetic import (
-    COLORS,
-    HELD_OUT,
-    SHAPES,
-    SIZES,
-    SPLITS,
-    Scene,
-    Thing,
-    Verdict,
-    check,
-    describe,
-    draw,
-    export_coco,
-    scene,
-)
+from showtell.sentences import COLORS, NUMBERS, PLACES, RELATIONS, SHAPES, SIZES, Scene, Thing, Verdict, check, describe
+from showtell.synthetic import HELD_OUT, SPLITS, draw, export_coco, scene
 
 SCENES = [scene(i) for i in range(300)]
 

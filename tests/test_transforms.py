@@ -18,17 +18,7 @@ from PIL import Image
 from showtell import transforms
 from showtell.errors import MissingFileError, UserError
 from showtell.tokenizer import ptb, treebank
-from showtell.transforms import (
-    IMAGENET,
-    IMAGENET_TRAIN,
-    SQUASHED,
-    TINY,
-    BrokenImageError,
-    Transform,
-    frames,
-    mirror_caption,
-    read_image,
-)
+from showtell.transforms import IMAGENET, IMAGENET_TRAIN, TINY, BrokenImageError, Transform, frames, read_image
 
 
 def gradient(height: int = 24, width: int = 32) -> np.ndarray:
@@ -336,7 +326,9 @@ def test_imagenets_transform_equals_torchvisions_and_reads_files(tmp_path):
         assert torch.allclose(result, reference(image), atol=1e-6)
 
 
-@pytest.mark.parametrize("transform", [IMAGENET, IMAGENET_TRAIN, SQUASHED, TINY, Transform(resize=None, crop=80)])
+@pytest.mark.parametrize(
+    "transform", [IMAGENET, IMAGENET_TRAIN, transforms.SQUASHED, TINY, Transform(resize=None, crop=80)]
+)
 @pytest.mark.parametrize("shape", [(300, 400), (30, 20), (64, 64), (1, 90)])
 def test_the_output_is_a_square_for_every_input(transform, shape):
     image = torch.zeros(3, *shape, dtype=torch.uint8)
@@ -391,7 +383,7 @@ def test_the_fingerprint_changes_with_every_field_and_with_nothing_else():
     prints = [replace(IMAGENET, **variant).fingerprint() for variant in VARIANTS]
     assert len({IMAGENET.fingerprint(), *prints}) == len(VARIANTS) + 1
     assert IMAGENET.fingerprint() == Transform(crop=224, resize=256).fingerprint()
-    assert SQUASHED.fingerprint() == Transform(resize=[224, 224]).fingerprint()
+    assert transforms.SQUASHED.fingerprint() == Transform(resize=[224, 224]).fingerprint()
     assert IMAGENET.fingerprint() == "a7f94736da78d168"  # caches on disk carry it
 
 
@@ -439,16 +431,16 @@ def test_an_image_of_one_row_is_an_error():
     ],
 )
 def test_mirrored_captions_swap_left_and_right_in_words_and_compounds(text, mirrored):
-    assert mirror_caption(text) == mirrored
+    assert transforms.mirror_caption(text) == mirrored
     for cut in (treebank, ptb):  # word by word, as the loader swaps them; both keep compounds whole
-        assert [mirror_caption(word) for word in cut(text)] == cut(mirrored)
+        assert [transforms.mirror_caption(word) for word in cut(text)] == cut(mirrored)
 
 
 @given(
     st.lists(st.sampled_from([*"-.,; ", "left", "Right", "LEFT", "hand", "handed", "most", "angle", "bright", "of"]))
 )
 def test_mirroring_twice_gives_the_text_back(parts):
-    assert mirror_caption(mirror_caption("".join(parts))) == "".join(parts)
+    assert transforms.mirror_caption(transforms.mirror_caption("".join(parts))) == "".join(parts)
 
 
 @pytest.mark.realdata
