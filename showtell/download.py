@@ -47,53 +47,42 @@ class DataSet(NamedTuple):
 
 
 _COCO = "http://images.cocodataset.org/"  # https has the wrong certificate there; the checksums stand for it
-_COCO_IMAGES = "photographs of Flickr users, each under its own licence: Flickr's terms of use (cocodataset.org)"
-_COCO_CAPTIONS = "annotations CC BY 4.0, COCO Consortium (cocodataset.org)"
 _FLICKR8K = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"  # the authors' own link is gone
 _FLICKR8K_LICENSE = "non-commercial research and education only (Hodosh, Young and Hockenmaier 2013)"
 
 
-def _annotations(year: int) -> dict[str, int]:
+def _coco_images(folder: str, sha256: str, size: int, unpacked: int, n_files: int) -> Archive:
+    terms = "photographs of Flickr users, each under its own licence: Flickr's terms of use (cocodataset.org)"
+    return Archive(f"{_COCO}zips/{folder}.zip", sha256, size, unpacked, {folder: n_files}, terms)
+
+
+def _coco_captions(year: int, sha256: str, size: int) -> Archive:
     kinds = ("captions", "instances")  # instances for the COCO API; the third kind, keypoints, is left out
-    return {f"annotations/{kind}_{split}{year}.json": 1 for kind in kinds for split in ("train", "val")}
+    files = {f"annotations/{kind}_{split}{year}.json": 1 for kind in kinds for split in ("train", "val")}
+    url = f"{_COCO}annotations/annotations_trainval{year}.zip"
+    return Archive(url, sha256, size, 600_000_000, files, "annotations CC BY 4.0, COCO Consortium (cocodataset.org)")
 
 
 # Sizes and SHA-256 of COCO's files: tensorflow/datasets, url_checksums/coco.txt. The MD5s: mlverse/torchvision (R),
 # whose values for Flickr8k a second project confirms.
 _IMAGES_2014 = (
-    Archive(
-        f"{_COCO}zips/train2014.zip", "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
-        13_510_573_713, 13_600_000_000, {"train2014": 82_783}, _COCO_IMAGES,
-    ),
-    Archive(
-        f"{_COCO}zips/val2014.zip", "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
-        6_645_013_297, 6_700_000_000, {"val2014": 40_504}, _COCO_IMAGES,
-    ),
+    _coco_images("train2014", "ede4087e640bddba550e090eae701092534b554b42b05ac33f0300b984b31775",
+                 13_510_573_713, 13_600_000_000, 82_783),
+    _coco_images("val2014", "fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+                 6_645_013_297, 6_700_000_000, 40_504),
 )  # fmt: skip
 
 DATASETS = {
     "coco2014": DataSet((
-        Archive(
-            f"{_COCO}annotations/annotations_trainval2014.zip",
-            "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
-            252_872_794, 600_000_000, _annotations(2014), _COCO_CAPTIONS,
-        ),
+        _coco_captions(2014, "031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009", 252_872_794),
         *_IMAGES_2014,
     ), "coco", "coco-show-tell"),
     "coco2017": DataSet((
-        Archive(
-            f"{_COCO}annotations/annotations_trainval2017.zip",
-            "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
-            252_907_541, 600_000_000, _annotations(2017), _COCO_CAPTIONS,
-        ),
-        Archive(
-            f"{_COCO}zips/train2017.zip", "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
-            19_336_861_798, 19_400_000_000, {"train2017": 118_287}, _COCO_IMAGES,
-        ),
-        Archive(
-            f"{_COCO}zips/val2017.zip", "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
-            815_585_330, 820_000_000, {"val2017": 5_000}, _COCO_IMAGES,
-        ),
+        _coco_captions(2017, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268", 252_907_541),
+        _coco_images("train2017", "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929",
+                     19_336_861_798, 19_400_000_000, 118_287),
+        _coco_images("val2017", "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05",
+                     815_585_330, 820_000_000, 5_000),
     ), "coco", "coco-show-tell"),
     "karpathy": DataSet((
         Archive(

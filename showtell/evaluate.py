@@ -64,8 +64,7 @@ def write_captions(
 ) -> dict[str, Hypothesis]:
     """Generate a caption for every image of a loader by image and in order; `on_batch` as in `mean_loss`.
 
-    Returns:
-        image id (as a string) -> its best hypothesis; unreadable images are left out.
+    Return the best hypothesis by image id (as a string); unreadable images are left out.
     """
     model.eval()
     samples: CaptionDataset = loader.dataset
