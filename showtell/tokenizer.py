@@ -136,22 +136,21 @@ _OPENING_QUOTES = _rules(
     (r"([ (\[{<])(?:\"|'')", r"\1 `` "),
     (r"(?<!\w)'(?!(?:re|ve|ll|m|t|[sſ]|d|n)\b)(?=\w)", "' "),
 )
-_PUNCTUATION = _rules(
+_WORD_RULES = _rules(
+    # punctuation
     (r"([:,])(\D)", r" \1 \2"),
     (r"([:,])$", r" \1 "),
     (r"(\.{2,}|[;@#$%&?!\u2012-\u2015])", r" \1 "),
     (r"([^'])' ", r"\1 ' "),
     (r"([*\]\[(){}<>]|--)", r" \1 "),
     (r"^|$", " "),
-)
-_CLOSING_QUOTES_AND_CLITICS = _rules(
+    # closing quotes and clitics
     (r"([»”’])", r" \1 "),
     (r"''|\"", " '' "),
     (r"\s+", " "),
     (r"([^' ])('[smd]|') ", r"\1 \2 "),
     (r"([^' ])('ll|'re|'ve|n't) ", r"\1 \2 "),
-)
-_WRITTEN_TOGETHER = _rules(
+    # words written together
     *((rf"\b{parts}\b", r" \1 \2 ") for parts in "(can)(not) (d)('ye) (gim)(me) (gon)(na) (got)(ta) (lem)(me)".split()),
     (r"\b(more)('n)\b", r" \1 \2 "),
     (r"\b(wan)(na)(?=\s)", r" \1 \2 "),
@@ -160,17 +159,17 @@ _WRITTEN_TOGETHER = _rules(
 _PLAIN = re.compile(r"[a-z0-9 ]*(?:, [a-z0-9 ]*)*\.?\s*", re.ASCII)
 _JOINED_WORDS = ("cannot", "gimme", "gonna", "gotta", "lemme", "wanna")
 _JOINED = re.compile(rf"\b(?:{'|'.join(_JOINED_WORDS)})\b")
-_AFTER_PERIOD = "])}>\"' »”’"
+_CLOSING = "])}>\"' »”’"
 
 
 def _treebank_sentence(text: str) -> list[str]:
     for pattern, replacement in _OPENING_QUOTES:
         text = pattern.sub(replacement, text)
     stripped = text.rstrip()
-    body = stripped.rstrip(_AFTER_PERIOD)
+    body = stripped.rstrip(_CLOSING)
     if len(body) > 1 and body.endswith(".") and body[-2] != ".":  # the period that ends the sentence
         text = f"{body[:-1]} . {stripped[len(body) :]} "
-    for pattern, replacement in _PUNCTUATION + _CLOSING_QUOTES_AND_CLITICS + _WRITTEN_TOGETHER:
+    for pattern, replacement in _WORD_RULES:
         text = pattern.sub(replacement, text)
     return text.split()
 
