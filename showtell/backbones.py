@@ -258,9 +258,7 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
 
     A checkpoint of showtell is accepted too; only its backbone is used.
 
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: it is no regular file, cannot be read, or holds the weights of another network.
+    A file that is not there raises a `MissingFileError`; one of another kind or network a `UserError`.
     """
     path = Path(path)
     require_regular_file(path, "file of backbone weights", "give a state dict, or leave out the weights")

@@ -66,11 +66,7 @@ class Caption:
 
 
 class Captioner:
-    """A model that captions images.
-
-    Attributes:
-        model, vocab, transform, meta: as in `showtell.checkpoint.Checkpoint`. device: where the model runs.
-    """
+    """A model that captions images; its attributes are those of `showtell.checkpoint.Checkpoint`, and `device`."""
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
@@ -80,12 +76,8 @@ class Captioner:
     def encode(self, images: Source | Sequence[Source]) -> Tensor:
         """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
 
-        An image is a path, a file's bytes, a PIL image, an array, or a uint8 tensor.
-
-        Raises:
-            MissingFileError: a file does not exist.
-            BrokenImageError: an image cannot be read.
-            UserError: the images give grids of different sizes.
+        An image is a path, a file's bytes, a PIL image, an array, or a uint8 tensor. Raises as
+        `showtell.transforms.read_image` does, and a `UserError` if the images give grids of different sizes.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = []
@@ -128,11 +120,9 @@ class Captioner:
         grid: tuple[int, int] | None = None,
         **options: float,
     ) -> list[list[Caption]]:
-        """Return the captions of each encoded image.
+        """Return the captions of each encoded image; the strategy is `"beam"`, `"greedy"` or `"sample"`.
 
         Args:
-            features: from `encode`.
-            strategy: `"beam"`, `"greedy"` or `"sample"`.
             n_best: captions per image: the best of a beam, best first, or independent samples in the order drawn.
             beam_size: hypotheses kept at each step of a beam search; 1 is greedy.
             temperature, top_k, top_p: of sampling, see `showtell.decoding.sample`.
@@ -142,9 +132,7 @@ class Captioner:
                 proportions, since features do not tell them.
             options: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
 
-        Raises:
-            UserError: an argument is out of range, the shape of the grid is needed, or the model's outputs are not
-                finite.
+        Arguments out of range, a missing grid and a model whose outputs are not finite raise a `UserError`.
         """
         if grid is None and features.dim() == 3 and self.transform.size is not None:  # square images, square grids
             grid = (math.isqrt(features.shape[1]),) * 2
@@ -175,14 +163,10 @@ class Captioner:
     def caption_stream(
         self, sources: Sequence[Source | Callable[[], Tensor]], batch_size: int = 32, workers: int = 2, **options: float
     ) -> Iterator[tuple[int, list[Caption] | BrokenImageError | MissingFileError]]:
-        """Caption any number of images, reading the next ones while the model runs.
+        """Caption any number of images, reading the next ones, in threads, while the model runs.
 
-        Args:
-            sources: anything `encode` reads, or functions that return a uint8 `(3, H, W)` tensor.
-            batch_size, workers: images per batch, and threads that read them. options: the arguments of `decode`.
-
-        Yields:
-            the index of each source, in order, with its captions or the error that prevented them.
+        A source is anything `encode` reads, or a function that returns a uint8 `(3, H, W)` tensor; `options` are those
+        of `decode`. Yield the index of each source, in order, with its captions or the error that prevented them.
         """
         if isinstance(options.get("seed", 0), int):  # one generator for all batches, or each would draw the same
             options["seed"] = torch.Generator(self.device).manual_seed(options.get("seed", 0))
@@ -236,9 +220,7 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """List the images that files and folders name: files as given, folders searched recursively, sorted by name.
 
-    Raises:
-        MissingFileError: a file or folder does not exist.
-        UserError: a folder holds no image, or a source is neither a file nor a folder.
+    A source that does not exist raises a `MissingFileError`; a folder without images, a pipe or a device a `UserError`.
     """
     found: list[Path] = []
     for source in map(Path, sources):

@@ -156,9 +156,7 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
         options: The reader's own, see `read_coco` and the others. All that read files take `max_missing`, how many
             missing image files are skipped (the default is a tenth of the images).
 
-    Raises:
-        UserError: an unknown name, split or option, or malformed annotations.
-        MissingFileError: the folder, the annotations, or too many image files are missing.
+    Files that are missing, and too many missing images, raise a `MissingFileError`; other mistakes a `UserError`.
     """
     if "," in name:
         names, folders = name.split(","), str(data_dir or "").split(",")

@@ -241,11 +241,8 @@ def score(
 ) -> Scores:
     """Score one caption for each image against the image's references, with every metric that needs no Java.
 
-    Args:
-        references: the true captions of each image; images without a candidate are left out.
-        candidates: one caption for each image.
-        tokenizer: a name in `TOKENIZERS`; only "ptb" gives scores comparable with publications.
-        frequencies: CIDEr-D's document frequencies, if not those of the references.
+    Only the tokeniser "ptb" gives scores comparable with publications. `frequencies` are CIDEr-D's document
+    frequencies, if not those of the references.
 
     Raises:
         UserError: there are no candidates, a candidate has no references, a caption is not text, or `frequencies`

@@ -109,8 +109,7 @@ def score_captions(
         training_captions: for the share of novel captions, see `metrics.health`.
         n_resamples, seed: of the resamples that give intervals and p-values.
 
-    Raises:
-        UserError: the images on the two sides differ, or see `metrics.score`.
+    Images that differ on the two sides raise a `UserError`, as do the mistakes that `metrics.score` lists.
     """
     training = list(training_captions) if training_captions is not None else None
     results = []
