@@ -178,13 +178,8 @@ def _agreed(question: str, name: str, folder: Path) -> bool:
 def unpack(path: Path, folder: Path, contents: Iterable[str]) -> None:
     """Take files and folders out of a zip file; each appears in `folder` complete or not at all.
 
-    Args:
-        path: the zip file.
-        folder: where they go; those that are there already are left alone.
-        contents: their names in the zip file; the rest of it is ignored.
-
-    Raises:
-        UserError: the zip file is damaged, lacks one of them, or would write outside `folder`; nothing is unpacked.
+    Those that are there already are left alone, and so is what the zip file holds besides. One that is damaged, lacks
+    some of the contents or would write outside `folder` raises a `UserError`, and nothing is unpacked.
     """
     from tqdm import tqdm
 

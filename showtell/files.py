@@ -105,11 +105,8 @@ def lock(folder: str | os.PathLike, doing: str, wait: bool = False) -> Iterator[
 def require_regular_file(path: str | os.PathLike, what: str, remedy: str) -> None:
     """Raise for anything but a regular file before it is opened: a pipe would block, and a device never ends.
 
-    The message says `what` the file should be ("image", "checkpoint"), and the `remedy`.
-
-    Raises:
-        MissingFileError: there is no such file.
-        UserError: it is a folder, a pipe, a socket or a device.
+    No file raises a `MissingFileError`; a folder, a pipe, a socket or a device a `UserError`. The message says `what`
+    the file should be ("image", "checkpoint"), and the `remedy`.
     """
     path = Path(path)
     if path.is_dir():
