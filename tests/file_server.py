@@ -11,28 +11,17 @@ from pathlib import Path
 
 
 class FileServer:
-    """Serves `files` (path -> bytes or a file) while it is open; what it was asked for is in `requests`.
-
-    Attributes:
-        files: what it serves, by path without the first slash.
-        breaks: path -> after how many bytes the connection breaks, once.
-        wrong: path -> what is sent in place of the file, as often as the list is long.
-        redirects: path -> where the client is sent.
-        statuses: path -> an error status, as often as the list is long.
-        ranges: whether it understands Range.
-        pause_s: how long it waits before it answers.
-        requests: (path, Range header or None) of every request, in order.
-    """
+    """Serves `files` (path -> bytes or a file) while it is open; what it was asked for is in `requests`."""
 
     def __init__(self, **files: bytes | Path) -> None:
-        self.files: dict[str, bytes | Path] = dict(files)
-        self.breaks: dict[str, int] = {}
-        self.wrong: dict[str, list[bytes]] = {}
-        self.redirects: dict[str, str] = {}
-        self.statuses: dict[str, list[int]] = {}
-        self.ranges = True
-        self.pause_s = 0.0
-        self.requests: list[tuple[str, str | None]] = []
+        self.files: dict[str, bytes | Path] = dict(files)  # by path without the first slash
+        self.breaks: dict[str, int] = {}  # path -> after how many bytes the connection breaks, once
+        self.wrong: dict[str, list[bytes]] = {}  # path -> what is sent instead, as often as the list is long
+        self.redirects: dict[str, str] = {}  # path -> where the client is sent
+        self.statuses: dict[str, list[int]] = {}  # path -> an error status, as often as the list is long
+        self.ranges = True  # whether it understands Range
+        self.pause_s = 0.0  # before it answers
+        self.requests: list[tuple[str, str | None]] = []  # (path, Range header or None), in order
 
     def __enter__(self) -> FileServer:
         owner = self

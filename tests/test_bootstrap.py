@@ -43,14 +43,9 @@ class Checkout:
 
     def bootstrap(self, index_says: str = "") -> tuple[int, str]:
         """Return the exit status and what was printed."""
-        result = subprocess.run(
-            ["/bin/sh", ".ci/bootstrap"],
-            cwd=self.folder,
-            env={"PATH": str(self.tools), "INDEX_SAYS": index_says},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        options = {"capture_output": True, "text": True, "timeout": 60}
+        environment = {"PATH": str(self.tools), "INDEX_SAYS": index_says}
+        result = subprocess.run(["/bin/sh", ".ci/bootstrap"], cwd=self.folder, env=environment, **options)
         assert result.stdout == ""
         return result.returncode, result.stderr
 
