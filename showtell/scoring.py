@@ -130,11 +130,7 @@ def score_captions(
 
 
 def _add_java(
-    results: Sequence[Result],
-    references: Mapping[str, Sequence[str]],
-    java: bool,
-    spice: bool,
-    announce: Callable[[str], None],
+    results: Sequence[Result], references: Mapping[str, Sequence[str]], java: bool, spice: bool, announce: Callable
 ) -> None:
     """Add METEOR and SPICE, or the reason why they are missing; the jar starts once for all systems."""
     true = [list(references[image]) for result in results for image in result.scores.ids]
