@@ -197,7 +197,7 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Query `(N, H)`, keys `(B, L, A)` and values `(B, L, E)` -> context `(N, E)`, weights `(N, L)`."""
         query = self.query(query).unflatten(0, (keys.shape[0], -1))  # (B, K, A)
-        hidden = torch.tanh(query.unsqueeze(2) + keys.unsqueeze(1))  # (B, K, L, A)
+        hidden = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()  # (B, K, L, A), the largest tensor of a step
         alphas = self.energy(hidden).squeeze(-1).softmax(-1)  # (B, K, L)
         return (alphas @ values).flatten(0, 1), alphas.flatten(0, 1)  # (N, E), (N, L)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from showtell.decoders import Decoder, repeat_rows
+from showtell.decoders import Decoder, Memory, repeat_rows
 from showtell.errors import UserError
 from showtell.vocabulary import Vocabulary
 
@@ -218,15 +218,16 @@ def beam_search(
     rank = torch.arange(k, device=features.device)
     first_row = torch.arange(b, device=features.device)[:, None] * k
     finished: list[list[Hypothesis]] = [[] for _ in range(b)]
+    images = list(range(b))  # those still searched; from here on, B is their number
 
     for _ in range(options.max_len + 1):
         logits, state, alpha = decoder.step(words, memory, state)
         log_probs = logits.float().log_softmax(1)
         v = log_probs.shape[1]
-        scores = (totals.view(-1, 1) + options.apply(log_probs, history)).view(b, k * v)
+        scores = (totals.view(-1, 1) + options.apply(log_probs, history)).view(-1, k * v)
         totals, best = scores.topk(k, 1)  # (B, K)
-        rows, words = (first_row + best // v).flatten(), (best % v).flatten()  # (N,): the rows that go on, in new order
-        state = tuple(tensor[rows] for tensor in state)
+        rows = (first_row[: len(images)] + best // v).flatten()  # (N,): the rows that go on, in new order
+        words = (best % v).flatten()  # (N,)
         history = torch.cat([history[rows], words[:, None]], 1)
         word_log_probs = torch.cat([word_log_probs[rows], log_probs[rows, words][:, None]], 1)
         if alphas and alpha is not None:
@@ -234,22 +235,39 @@ def beam_search(
             attention = (alpha if attention is None else torch.cat([attention, alpha], 1))[rows]
 
         alive = (rank < slots) & ~totals.isneginf()
-        ended = alive & (words.view(b, k) == options.end_id)
+        ended = alive & (words.view_as(totals) == options.end_id)
         for i, j in ended.nonzero().tolist():
             row = i * k + j
             own = word_log_probs[row].tolist()
             view = None if attention is None else attention[row, :-1].cpu()
-            finished[i].append(Hypothesis(history[row, :-1].tolist(), own, options.score(own), view))
+            finished[images[i]].append(Hypothesis(history[row, :-1].tolist(), own, options.score(own), view))
         slots -= ended.sum(1, keepdim=True)
         totals = totals.masked_fill(~alive | ended, -math.inf)
         # A total only falls, so that no partial caption can finish with a higher score than this.
         bounds = (totals.amax(1) / (options.max_len + 1) ** options.length_penalty).tolist()
-        for i, bound in enumerate(bounds):
-            if len(finished[i]) >= n_best and sorted(h.score for h in finished[i])[-n_best] >= bound:
-                totals[i] = -math.inf
-        if totals.isneginf().all():
+        going = []  # indices into `images`
+        for i, (image, bound) in enumerate(zip(images, bounds, strict=True)):
+            scores = sorted((h.score for h in finished[image]), reverse=True)
+            if bound > (scores[n_best - 1] if len(scores) >= n_best else -math.inf):
+                going.append(i)
+        if not going:
             break
+        if len(going) < len(images):
+            images = [images[i] for i in going]
+            index = torch.tensor(going, device=features.device)  # (B,)
+            kept = (first_row[index] + rank).flatten()  # (N,)
+            totals, slots, memory = totals[index], slots[index], _select(memory, index)
+            rows, words, history, word_log_probs = rows[kept], words[kept], history[kept], word_log_probs[kept]
+            attention = None if attention is None else attention[kept]
+        state = tuple(tensor[rows] for tensor in state)
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
+
+
+def _select(memory: Memory, images: Tensor) -> Memory:
+    """Return the memory of some images, by index."""
+    if isinstance(memory, tuple):
+        return tuple(_select(part, images) for part in memory)
+    return None if memory is None else memory[images]
 
 
 # `decode` passes a strategy the arguments that its signature names.
