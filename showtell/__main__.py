@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_common(train, None)
 
     evaluate = add("evaluate", _evaluate, "caption a split of a data set and score the captions")
-    _add_model(evaluate)
+    _add_model(evaluate, "float32")
     _add_data(evaluate)
     evaluate.add_argument("--split", default="val", help="split to caption (default val); keep test for a release")
     evaluate.add_argument("--out", metavar="DIR", help="folder for captions.json (default: beside the model)")
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
 
     caption = add("caption", _caption, "caption images and folders of images")
     caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
-    _add_model(caption)
+    _add_model(caption, "auto")
     caption.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
     for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
         ("--n-best", _int, "captions per image (default 1)"),
@@ -198,8 +198,11 @@ def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic"
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data set, such as data/flickr8k")
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
     parser.add_argument("--model", metavar="M", help="checkpoint, run folder or released model (the default)")
+    if precision:
+        summary = f"float32 (exact), bfloat16 (faster), or auto: bfloat16 where it is faster (default {precision})"
+        parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:
@@ -321,7 +324,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_outputs([args.html], args.out)
     result = evaluate(
         args.model, args.dataset, args.data_dir, args.split, args.beam_size, device=_device(args), limit=args.limit,
-        out=args.out, html=args.html, spice=args.spice, seed=args.seed,
+        out=args.out, html=args.html, spice=args.spice, seed=args.seed, precision=args.precision,
     )  # fmt: skip
     print_text(json_text(result.to_json()) if args.json else result.table())
     return 0
@@ -363,7 +366,7 @@ def _caption(args: argparse.Namespace) -> int:
     options = _decoding(args)
     _check_outputs([args.csv, args.html])
     paths = find_images(args.sources)
-    captioner = load(args.model, _device(args))
+    captioner = load(args.model, _device(args), args.precision)
     results = captioner.caption_files(paths, **options)
     if len(paths) > 32:
         from tqdm import tqdm

@@ -6,15 +6,18 @@ Shapes: B images of S x S pixels, L grid cells, D feature size.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from showtell.errors import UserError
 from showtell.files import require_regular_file
@@ -116,9 +119,49 @@ class Backbone(nn.Module):
             parameter.requires_grad_(any(name.startswith(prefix) for prefix in prefixes))
         self.trainable = bool(prefixes)
 
+    def in_bfloat16(self) -> Backbone:
+        """Return a frozen copy for inference: batch norm folded into the convolutions, computed in bfloat16.
+
+        On hardware that has bfloat16, a ResNet-50 takes a third of the time; its features, given in single precision,
+        agree to two or three digits.
+        """
+        fast = copy.deepcopy(self)
+        fast.fine_tune(None)
+        fast.net = _InBfloat16(_fold_batch_norm(fast.net))
+        return fast
+
     def train(self, mode: bool = True) -> Backbone:
         """Stay in eval mode whatever `mode` is."""
         return super().train(False)
+
+
+class _InBfloat16(nn.Module):
+    cpu_batch = 8  # the feature maps of more images do not fit in a CPU's caches, which takes a third longer
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net.to(torch.bfloat16, memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = images.to(torch.bfloat16).split(self.cpu_batch if images.device.type == "cpu" else len(images))
+        return torch.cat([self.net(part) for part in parts]).float()
+
+
+def _fold_batch_norm(net: nn.Module) -> nn.Module:
+    """Fold each batch norm that follows a convolution in the same module into it, in place."""
+    for parent in list(net.modules()):
+        for (first, convolution), (second, norm) in pairwise(list(parent.named_children())):
+            if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
+                setattr(parent, first, fuse_conv_bn_eval(convolution, norm))
+                setattr(parent, second, nn.Identity())
+    return net
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Return whether a device computes in bfloat16 in hardware; elsewhere it is slower than single precision."""
+    if device.type == "cuda":  # `is_bf16_supported` counts emulation, and asks the current device
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
 _FEATURE_SIZES: dict[str, int] = {}  # of the backbones built so far

@@ -119,6 +119,7 @@ def evaluate(
     spice: bool = False,
     seed: int = 0,
     progress: bool = True,
+    precision: str = "float32",
 ) -> Evaluation:
     """Caption every image of a split, score the captions, and write `captions.json` in COCO's results format.
 
@@ -132,13 +133,14 @@ def evaluate(
         html: where to write a report, if anywhere.
         spice: whether to compute SPICE, which needs Java and downloads a large file once.
         seed: random seed of `limit` and of the intervals. progress: whether to show a bar.
+        precision: as in `showtell.load`; in float32, scores are the same on every machine.
 
     Raises:
         UserError: model or data cannot be used, or the data have no captions to score against.
     """
     require_strategy("beam", 1, beam_size)
     path = find_model(model)
-    captioner = load(path, device)
+    captioner = load(path, device, precision)
     caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
     if limit:
         caption_set = caption_set.subset(limit, seed)

@@ -315,14 +315,13 @@ class FeatureCache:
     def _on_device(self, device: str | torch.device) -> Callable[[Tensor], np.ndarray]:
         """Return the backbone as a function from images `(N, 3, S, S)` to half-precision rows."""
         device = torch.device(device)
-        backbone = copy.deepcopy(self._backbone).to(device)
-        reduced = self._precision == "bfloat16"
+        backbone = self._backbone.in_bfloat16() if self._precision == "bfloat16" else copy.deepcopy(self._backbone)
+        backbone.to(device)
 
         @torch.inference_mode()
         def compute(images: Tensor) -> np.ndarray:
             images = images.to(device, memory_format=torch.channels_last)
-            with torch.autocast(device.type, torch.bfloat16, enabled=reduced):
-                features = backbone(images)
+            features = backbone(images)
             if not (half := features.half()).isfinite().all():
                 reached = f"the features of {backbone.name} reach {features.abs().max():.3g}"
                 raise UserError(f"{reached}, half precision ends at 65504; use no cache, or another backbone")

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import __version__, datasets, metrics
+from showtell.backbones import has_bfloat16
 from showtell.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, save_resume, start_from
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader
 from showtell.datasets import CaptionSet
@@ -421,8 +422,8 @@ class Trainer:
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:
     """Return whether to compute in bfloat16: if asked for, or with `auto` on a GPU that has it in hardware."""
-    if precision == "auto":  # `is_bf16_supported` counts emulation, which is slow, and asks the current device
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto":
+        return device.type == "cuda" and has_bfloat16(device)
     return precision == "bfloat16"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -397,3 +398,35 @@ def test_an_imagenet_resnet_knows_a_cat_in_the_published_layout(weights):
             for i, word in enumerate(wanted)
         )
     assert confidence[True] > confidence[False]
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "vgg11_bn", "densenet121", "mobilenet_v3_small", "efficientnet_b0", "googlenet"]
+)
+def test_folded_batch_norm_computes_the_same(name):
+    torch.manual_seed(0)
+    backbone = Backbone(name, weights=None)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.weight, 1.0, 0.2)
+            torch.nn.init.normal_(module.bias, 0.0, 0.2)
+            module.running_mean.normal_(0.0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = backbone.net(images)
+        folded = backbones._fold_batch_norm(copy.deepcopy(backbone.net))
+        torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules()) or name == "densenet121"
+
+
+def test_in_bfloat16_agrees_to_two_digits_and_leaves_the_backbone_alone():
+    torch.manual_seed(0)
+    backbone = Backbone("resnet18", grid=True, weights=None)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64)
+    exact, fast = backbone(images), backbone.in_bfloat16()(images)
+    assert fast.dtype == torch.float32
+    assert not torch.equal(fast, exact)
+    assert (fast - exact).norm() < 0.02 * exact.norm()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())

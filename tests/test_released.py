@@ -27,7 +27,7 @@ every_model = pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem
 
 @pytest.fixture(scope="module")
 def captioners() -> dict[str, Captioner]:
-    return {path.stem: showtell.load(path, "cpu") for path in MODELS}
+    return {path.stem: showtell.load(path, "cpu", "float32") for path in MODELS}
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,11 @@ def test_the_scores_of_its_captions_reproduce(path, flickr8k):
     references = {str(i): texts for i, texts in zip(captions.image_ids, captions.captions, strict=True)}
     scores = metrics.score(references, kept["captions"]).corpus
     assert {name: round(scores[name], 4) for name in kept["scores"]} == kept["scores"]
+
+
+@every_model
+def test_bfloat16_changes_few_captions(path, captioners, photographs):
+    exact = captions_of(captioners[path.stem], photographs)
+    fast = captions_of(showtell.load(path, "cpu", "bfloat16"), photographs)
+    assert fast.keys() == exact.keys()
+    assert sum(fast[name] == exact[name] for name in exact) >= len(exact) - 3
