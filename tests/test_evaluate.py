@@ -11,6 +11,7 @@ import torch
 from test_train import on_disk
 
 from showtell import datasets, metrics
+from showtell.backbones import Backbone
 from showtell.captioner import load
 from showtell.checkpoint import save_checkpoint
 from showtell.data_loader import CaptionDataset, CaptionLoader, get_loader
@@ -19,7 +20,7 @@ from showtell.decoders import DECODERS
 from showtell.decoding import DecodingOptions, beam_search
 from showtell.evaluate import evaluate, mean_loss, write_captions
 from showtell.features import FeatureCache
-from showtell.model import CaptionModel, EncoderCNN
+from showtell.model import CaptionModel
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
 
@@ -192,8 +193,8 @@ def test_evaluate_scores_what_the_captioner_writes(saved, scenes, tmp_path):
 def test_evaluate_reads_and_encodes_each_image_once(saved, scenes, tmp_path, monkeypatch):
     data = on_disk(tmp_path, scenes)
     data.captions = [["a red circle " * 500], *scenes.captions[1:]]
-    encode, n_encoded, read, read_bytes = EncoderCNN.forward, [], [], Path.read_bytes
-    monkeypatch.setattr(EncoderCNN, "forward", lambda self, x: n_encoded.append(len(x)) or encode(self, x))
+    encode, n_encoded, read, read_bytes = Backbone.forward, [], [], Path.read_bytes
+    monkeypatch.setattr(Backbone, "forward", lambda self, x: n_encoded.append(len(x)) or encode(self, x))
     monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(str(path)) or read_bytes(path))
     with pytest.warns(UserWarning, match="1 true captions have over 100 words and are cut for the perplexity"):
         evaluate(saved, data, beam_size=1, device="cpu", progress=False)
