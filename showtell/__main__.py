@@ -199,7 +199,8 @@ def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic"
 
 
 def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
-    parser.add_argument("--model", metavar="M", help="checkpoint, run folder or released model (the default)")
+    several = "; A,B,C is an ensemble" if precision else ""
+    parser.add_argument("--model", metavar="M", help=f"checkpoint, run folder or released model (the default){several}")
     if precision:
         summary = f"float32 (exact), bfloat16 (faster), or auto: bfloat16 where it is faster (default {precision})"
         parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)

@@ -22,6 +22,7 @@ from showtell import decoding, released
 from showtell.backbones import has_bfloat16
 from showtell.checkpoint import Checkpoint, load_checkpoint
 from showtell.decoding import DecodingOptions, Hypothesis
+from showtell.ensemble import ensemble
 from showtell.errors import MissingFileError, UserError
 from showtell.files import require_regular_file
 from showtell.image_stream import LoadedImage, stream_images
@@ -203,17 +204,26 @@ def load(
     """Load a model by path or name; the released model by default, downloaded if it is not installed.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), or a released model's name (see `released.locate`).
+        model: a checkpoint, a run folder (its best checkpoint), or a released model's name (see `released.locate`);
+            several, `A,B,C`, are used as an ensemble.
         device: where to run the model; a GPU if there is one.
         precision: of the backbone: `float32`, exact and the same on every machine; `bfloat16`, three times as fast on
             hardware that has it; or `auto`, bfloat16 on such hardware.
 
     Raises:
         MissingFileError: there is no such model; the message lists the released ones.
-        UserError: the file is not a checkpoint that this version reads.
+        UserError: the file is not a checkpoint that this version reads, or the models do not form an ensemble.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Captioner(load_checkpoint(find_model(model), device), device, precision)
+    members = [(path, load_checkpoint(path, device)) for path in find_models(model)]
+    return Captioner(members[0][1] if len(members) == 1 else ensemble(members), device, precision)
+
+
+def find_models(model: str | os.PathLike | None = None) -> list[Path]:
+    """Return the path of a model, or the paths of the members of an ensemble, `A,B,C`; see `load`."""
+    if model is None or Path(model).exists():  # its name may have a comma
+        return [find_model(model)]
+    return [find_model(name) for name in str(model).split(",")]
 
 
 def find_model(model: str | os.PathLike | None = None) -> Path:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import datasets, metrics, scoring
-from showtell.captioner import Caption, Captioner, find_model, load
+from showtell.captioner import Caption, Captioner, find_models, load
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader, cut_caption, pad_captions
 from showtell.datasets import CaptionSet
 from showtell.decoding import DecodingOptions, Hypothesis, decode, require_strategy
@@ -129,7 +129,7 @@ def evaluate(
         split: the split; use the test split for a release only. beam_size: 1 for greedy decoding.
         limit: the number of images, drawn by `seed`; 0 for all.
         out: the folder for `captions.json`; by default one named after model, data and split, beside the model, or in
-            `runs` for a released model.
+            `runs` for a released model or an ensemble.
         html: where to write a report, if anywhere.
         spice: whether to compute SPICE, which needs Java and downloads a large file once.
         seed: random seed of `limit` and of the intervals. progress: whether to show a bar.
@@ -139,8 +139,9 @@ def evaluate(
         UserError: model or data cannot be used, or the data have no captions to score against.
     """
     require_strategy("beam", 1, beam_size)
-    path = find_model(model)
-    captioner = load(path, device, precision)
+    paths = find_models(model)
+    name = "ensemble" if len(paths) > 1 else paths[0].stem
+    captioner = load(model, device, precision)
     caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
     if limit:
         caption_set = caption_set.subset(limit, seed)
@@ -155,11 +156,11 @@ def evaluate(
         with contextlib.suppress(UserError):  # only the evaluated split may be there
             training = list(datasets.load(dataset, data_dir, "train").all_captions())
     options = {"training_captions": training, "spice": spice, "seed": seed}
-    (result,) = scoring.score_captions(references, {path.stem: texts}, **options)
-    about = {"model": str(path), "dataset": caption_set.name, "split": caption_set.split, "images": len(captions)}
-    about["beam_size"] = beam_size
-    beside = Path("runs") if is_released(path) else path.parent
-    folder = Path(out) if out else beside / f"{path.stem}-{caption_set.name}-{caption_set.split}"
+    (result,) = scoring.score_captions(references, {name: texts}, **options)
+    about = {"model": ",".join(map(str, paths)), "dataset": caption_set.name, "split": caption_set.split}
+    about |= {"images": len(captions), "beam_size": beam_size}
+    beside = Path("runs") if len(paths) > 1 or is_released(paths[0]) else paths[0].parent
+    folder = Path(out) if out else beside / f"{name}-{caption_set.name}-{caption_set.split}"
     ids = {str(i): i for i in caption_set.image_ids}
     rows = [{"image_id": ids[i], "caption": text} for i, text in texts.items()]
     write_json(folder / "captions.json", rows)
