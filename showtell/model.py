@@ -6,6 +6,7 @@ D feature size, E embedding size, T caption length with <start> and <end>, V voc
 
 from __future__ import annotations
 
+from itertools import chain
 from os import PathLike
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from showtell.backbones import Backbone
-from showtell.decoders import IGNORE, find_decoder
+from showtell.decoders import IGNORE, Decoder, find_decoder
 
 
 class EncoderCNN(nn.Module):
@@ -146,6 +147,46 @@ def drop_words(captions: Tensor, rate: float, unk_id: int) -> Tensor:
     hidden = (torch.rand(captions.shape, device=captions.device) < rate) & (captions != IGNORE)
     hidden[..., 0] = False
     return captions.masked_fill(hidden, unk_id)
+
+
+@torch.no_grad()
+def feed_predictions(decoder: Decoder, features: Tensor, captions: Tensor, rate: float) -> Tensor:
+    """Replace words that the decoder reads by words sampled from its own predictions, as it reads them in decoding.
+
+    Scheduled sampling (Bengio et al. 2015, arXiv 1506.03099) in two passes (Mihaylova and Martins 2019, arXiv
+    1906.07651): the predictions are those after the true words, computed for all steps by teacher forcing.
+
+    Args:
+        features: of the images, `(B, E)` or `(B, L, E)`.
+        captions: `(B, T)` or `(B, K, T)`, padded with `IGNORE`, which is kept.
+        rate: the probability that a word is replaced; `<start>` never is.
+    """
+    replaced = (torch.rand(captions.shape, device=captions.device) < rate) & (captions != IGNORE)
+    replaced[..., 0] = False
+    logits, _ = decoder.teacher_force(features, captions.flatten(0, -2))  # (N, T or T-1, V)
+    logits = logits[:, 1 - captions.shape[-1] :][replaced.flatten(0, -2)[:, 1:]]  # (words, V)
+    return captions.masked_scatter(replaced, logits.float().softmax(-1).multinomial(1))
+
+
+@torch.no_grad()
+def average_weights(average: CaptionModel, model: CaptionModel, decay: float, step: int) -> None:
+    """Move an exponential moving average of the weights towards the weights after a step.
+
+    Batch norm's statistics are averaged as well, because they depend on the weights. The decay rises over the first
+    steps, `(1 + step) / (10 + step)`, so that the average does not keep the weights that training starts from.
+
+    Args:
+        average: a copy of the model, which may share layers that do not train with it.
+        decay: from 0 to below 1, such as 0.999.
+        step: the number of steps so far.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = (chain(each.parameters(), each.buffers()) for each in (average, model))
+    for own, new in zip(*pairs, strict=True):
+        if not own.is_floating_point():  # the number of batches
+            own.copy_(new)
+        elif own is not new:
+            own.lerp_(new, 1 - decay)
 
 
 def doubly_stochastic_penalty(alphas: Tensor, captions: Tensor) -> Tensor:

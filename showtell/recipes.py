@@ -13,8 +13,10 @@ from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 if typing.TYPE_CHECKING:
     from showtell.transforms import Transform
 
-_FRACTIONS = ("dropout", "word_dropout", "label_smoothing")
-_MAY_BE_ZERO = ("captions_per_image", "warmup", "weight_decay", "attention_cost", "length_penalty")
+_FRACTIONS = ("dropout", "word_dropout", "scheduled_sampling", "label_smoothing", "ema")
+_MAY_BE_ZERO = (
+    "captions_per_image", "warmup", "weight_decay", "attention_cost", "length_penalty",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Recipe:
         attention_size: hidden size of the additive attention. num_heads: of a Transformer's attention.
         dropout: on the decoder's inputs and outputs. tie_embeddings: share the embedding and classifier matrices.
         word_dropout: the part of the input words that is hidden, see `showtell.model.drop_words`.
+        scheduled_sampling: the part of the input words that is predicted by the model, see
+            `showtell.model.feed_predictions`; it rises linearly from 0 at the first step to this value at the last.
         resize, squash, crop: the image size: `resize` the shorter side and cut a square `crop`, or, with `squash`,
             resize the whole image to `resize` x `resize`.
         random_crop, flip: augmentation. With random crops, training cannot use cached features; flips need two caches.
@@ -40,6 +44,8 @@ class Recipe:
             cosine to 0. weight_decay: of AdamW. clip: the maximum norm of the gradient.
         label_smoothing: see `caption_loss`. attention_cost: weight of the doubly stochastic penalty (Xu et al. 2015,
             eq. 14).
+        ema: decay of the exponential moving average of the weights, such as 0.999; validation and the saved models use
+            the average.
         fine_tune: layers of the backbone to train (`"layer4"`, `"layer3,layer4"`, `"all"`), at `backbone_lr`.
         precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs that support it.
         beam_size, length_penalty, max_len: for the captions that validation scores.
@@ -56,6 +62,7 @@ class Recipe:
     num_heads: int = 8
     dropout: float = 0.5
     word_dropout: float = 0.0
+    scheduled_sampling: float = 0.0
     tie_embeddings: bool = False
     resize: int = 256
     squash: bool = False
@@ -75,6 +82,7 @@ class Recipe:
     clip: float = 5.0
     label_smoothing: float = 0.1
     attention_cost: float = 0.0
+    ema: float = 0.0
     fine_tune: str = ""
     backbone_lr: float = 1e-5
     precision: str = "auto"

@@ -9,6 +9,7 @@ A run folder holds `best.safetensors`, `last.safetensors`, `resume.pt`, `trainin
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,15 @@ from showtell.errors import UserError
 from showtell.evaluate import mean_loss, write_captions
 from showtell.features import FeatureCache
 from showtell.files import lock, require_free_space, write_json
-from showtell.model import CaptionModel, caption_loss, doubly_stochastic_penalty, drop_words
+from showtell.model import (
+    CaptionModel,
+    Loss,
+    average_weights,
+    caption_loss,
+    doubly_stochastic_penalty,
+    drop_words,
+    feed_predictions,
+)
 from showtell.recipes import Recipe
 from showtell.run import Run, damaged, generator_states, read_run, seed_everything, set_generator_states
 from showtell.training_log import Totals, TrainingLog, cut_logs, draw_curve, log_sizes
@@ -51,6 +61,7 @@ class Trainer:
 
     Attributes:
         model, vocab, transform: what is trained. recipe, run: its settings.
+        average: the moving average of `model`'s weights, or `model` itself; it is validated and saved.
         history: one dict per epoch: losses, perplexities, scores, seconds.
     """
 
@@ -75,6 +86,7 @@ class Trainer:
         self._refuse_another_run()
         self.device = torch.device(run.device)
         self.bfloat16 = uses_bfloat16(recipe.precision, self.device)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=self.bfloat16)
         seed_everything(run.seed)
         self.train_set = train_set or datasets.load(run.dataset, run.data_dir, "train")
         self.val_set = val_set or datasets.load(run.dataset, run.data_dir, "val")
@@ -95,6 +107,8 @@ class Trainer:
             start_from(self.model, self.vocab, run.init)
         self.model.encoder.backbone.fine_tune(recipe.layers_to_train())
         self.model.to(self.device)
+        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # which the average shares
+        self.average = copy.deepcopy(self.model, frozen) if recipe.ema else self.model
         self._make_loaders()
         self.optimizer = _optimizer(self.model, recipe)
         self.total_steps = recipe.epochs * len(self.loader)
@@ -294,20 +308,35 @@ class Trainer:
         """Take one step; return the batch's summed negative log-likelihood and its number of words."""
         images = images.to(self.device, non_blocking=True)
         captions = captions.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            logits, alphas = self.model(images, drop_words(captions, self.recipe.word_dropout, self.vocab.unk_id))
-        loss = caption_loss(logits, captions, self.recipe.label_smoothing)
-        objective = loss.objective / loss.words
-        if self.recipe.attention_cost and alphas is not None:
-            objective = objective + self.recipe.attention_cost * doubly_stochastic_penalty(alphas, captions)
+        with self.autocast():
+            features = self.model.encoder(images)
+        loss = self._cross_entropy(features, captions)
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        loss.objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        if not (objective.isfinite() & norm.isfinite()):
-            self._refuse_step(objective.item(), norm.item())
+        if not (loss.objective.isfinite() & norm.isfinite()):
+            self._refuse_step(loss.objective.item(), norm.item())
         self.optimizer.step()
         self.scheduler.step()
+        if self.recipe.ema:
+            average_weights(self.average, self.model, self.recipe.ema, self.scheduler.last_epoch)
         return loss.nll.item(), int(loss.words)
+
+    def _cross_entropy(self, features: Tensor, captions: Tensor) -> Loss:
+        """Return the loss of true captions, the objective as a mean over words and with the cost of the attention."""
+        recipe = self.recipe
+        words = drop_words(captions, recipe.word_dropout, self.vocab.unk_id)
+        if recipe.scheduled_sampling:
+            rate = recipe.scheduled_sampling * self.scheduler.last_epoch / max(1, self.total_steps - 1)
+            with self.autocast():  # of its own: it would reuse weights converted without gradient
+                words = feed_predictions(self.model.decoder, features, words, rate)
+        with self.autocast():
+            logits, alphas = self.model.decoder.teacher_force(features, words.flatten(0, -2))
+        loss = caption_loss(logits, captions, recipe.label_smoothing)
+        objective = loss.objective / loss.words
+        if recipe.attention_cost and alphas is not None:
+            objective = objective + recipe.attention_cost * doubly_stochastic_penalty(alphas, captions)
+        return loss._replace(objective=objective)
 
     def _refuse_step(self, loss: float, norm: float) -> None:
         batches = self.loader.batch_sampler
@@ -325,17 +354,19 @@ class Trainer:
     def _validate(self) -> dict:
         """Return the loss over the validation split, and the scores of generated captions of its images."""
         recipe = self.recipe
-        loss = mean_loss(self.model, self.val_loader, self.device, self._stop_if_asked)
+        loss = mean_loss(self.average, self.val_loader, self.device, self._stop_if_asked)
         options = DecodingOptions.of(self.vocab, length_penalty=recipe.length_penalty, max_len=recipe.max_len)
         loader = self.scored_loader
-        found = write_captions(self.model, loader, options, recipe.beam_size, self.device, self._stop_if_asked)
+        found = write_captions(self.average, loader, options, recipe.beam_size, self.device, self._stop_if_asked)
         references = loader.dataset.caption_set.references()
         captions = {i: self.vocab.decode(h.ids) for i, h in found.items()}
         scores = metrics.score({i: references[i] for i in captions}, captions).corpus
+        health = metrics.health(list(captions.values()))
         return {
             "val_loss": loss,
             "val_perplexity": metrics.perplexity(loss),
             "scores": {name: round(value, 6) for name, value in scores.items() if value is not None},
+            "captions": {name: round(health[name], 6) for name in ("distinct", "bad_endings", "mean_length")},
         }
 
     def _finish_epoch(self, record: dict, log: TrainingLog) -> None:
@@ -358,11 +389,11 @@ class Trainer:
         for name in ("best", "last") if record["best"] else ("last",):
             path = self.out / f"{name}.safetensors"
             if not path.exists() or read_header(path)["meta"].get("epoch") != record["epoch"]:
-                save_checkpoint(path, self.model, self.vocab, self.transform, meta)
+                save_checkpoint(path, self.average, self.vocab, self.transform, meta)
 
     def checkpoint(self) -> Checkpoint:
         """Return the model as it is now, ready to caption."""
-        return Checkpoint(self.model.eval(), self.vocab, self.transform.evaluation(), {})
+        return Checkpoint(self.average.eval(), self.vocab, self.transform.evaluation(), {})
 
     def save_resume(self) -> None:
         """Write `resume.pt`, which holds all that is needed to continue after this step."""
@@ -370,14 +401,17 @@ class Trainer:
         require_free_space(self.out, needed, f"saving {self.out / 'resume.pt'}")
         state = {"showtell": __version__, "recipe": self.recipe.to_dict(), "run": asdict(self.run)}
         state |= {"data": self.data, "vocabulary": self.vocab.to_dict(), "generators": generator_states(self.device)}
-        state |= {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scheduler")}
+        state |= {part: getattr(self, part).state_dict() for part in self._parts()}
         state |= {"epoch": self.epoch, "step": self.step, "totals": asdict(self.totals), "log": log_sizes(self.out)}
         state |= {"history": self.history, "best": [self.best, self.best_epoch]}
         save_resume(self.out / "resume.pt", state)
 
+    def _parts(self) -> list[str]:
+        return ["model", "optimizer", "scheduler", *(["average"] if self.recipe.ema else [])]
+
     def _restore(self, state: dict) -> None:
         try:
-            for part in ("model", "optimizer", "scheduler"):
+            for part in self._parts():
                 getattr(self, part).load_state_dict(state[part])
             self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
             self.totals = Totals(**state["totals"])

@@ -79,11 +79,13 @@ class TrainingLog:
 
     def epoch(self, record: dict, epochs: int, device: torch.device) -> None:
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
+        own = record["captions"]
+        health = f"distinct {own['distinct']:.1%}, bad endings {own['bad_endings']:.1%}, {own['mean_length']:.1f} words"
         gpu = device.type == "cuda"
         memory = f", GPU memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MB" if gpu else ""
         line = (
             f"Epoch [{record['epoch']}/{epochs}], train perplexity {record['train_perplexity']:.3f}, "
-            f"validation loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.3f}, {scores}, "
+            f"validation loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.3f}, {scores}, {health}, "
             f"{record['seconds']} s{memory}{', best so far' if record['best'] else ''}"
         )
         self.text.write(line + "\n")

@@ -28,7 +28,8 @@ from showtell.datasets import CaptionSet, SyntheticSet
 from showtell.decoders import DECODERS, IGNORE
 from showtell.decoding import DecodingOptions, greedy
 from showtell.errors import UserError
-from showtell.model import caption_loss, doubly_stochastic_penalty, drop_words
+from showtell.evaluate import mean_loss
+from showtell.model import caption_loss, doubly_stochastic_penalty, drop_words, feed_predictions
 from showtell.recipes import Recipe
 from showtell.train import Run, Stopped, Trainer
 from showtell.vocabulary import Vocabulary
@@ -125,7 +126,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert log_of(one) == log_of(other), "the steps after the last save are logged twice, or not again"
     a, b = load_resume(one / "resume.pt"), load_resume(other / "resume.pt")
     assert timeless(a["history"]) == timeless(b["history"])
-    for key in ("model", "optimizer", "scheduler", "generators", "epoch", "step", "totals", "best"):
+    assert a.keys() == b.keys()
+    parts = {"model", "optimizer", "scheduler", "generators", "epoch", "step", "totals", "best", "average"}
+    for key in parts & a.keys():
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}")
     for name in ("best.safetensors", "last.safetensors"):
         weights = [load_checkpoint(out / name).model.state_dict() for out in (one, other)]
@@ -148,9 +151,9 @@ def straight(tmp_path_factory):
 
 WAYS = [
     ({"decoder": "show-tell", "group": "length", "num_layers": 2}, 0, signal.SIGINT),
-    ({"decoder": "every-step", "captions_per_image": 1, "label_smoothing": 0.1}, 0, signal.SIGTERM),
+    ({"decoder": "every-step", "captions_per_image": 1, "label_smoothing": 0.1, "ema": 0.9}, 0, signal.SIGTERM),
     ({"decoder": "attend", "attention_cost": 1.0, "optimizer": "adam"}, 2, signal.SIGTERM),
-    ({"decoder": "transformer", "group": "length"}, 2, signal.SIGINT),
+    ({"decoder": "transformer", "group": "length", "scheduled_sampling": 0.5}, 2, signal.SIGINT),
 ]
 
 
@@ -856,6 +859,89 @@ def test_words_are_hidden_from_the_decoder_and_not_from_the_loss(tmp_path):
     assert (nll, words) == (pytest.approx(caption_loss(logits, captions).nll.item()), (captions[..., 1:] >= 0).sum())
 
 
+@pytest.mark.parametrize("decoder", ["show-tell", "attend"])
+def test_scheduled_sampling_feeds_the_models_own_predictions(decoder, tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"decoder": decoder}))
+    images, captions = next(iter(trainer.loader))
+    captions[:2, 1] = IGNORE
+    decoder, features = trainer.model.decoder, trainer.model.encoder(images)
+    assert torch.equal(feed_predictions(decoder, features, captions, 0.0), captions)
+    decoder.linear.bias.data[5] = 40.0  # a model that is sure of one word
+    fed = feed_predictions(decoder, features, captions, 1.0)
+    real = captions != IGNORE
+    real[..., 0] = False
+    assert (fed[real] == 5).all()
+    assert torch.equal(fed[~real], captions[~real])
+    many = captions.repeat(1, 40, 1)
+    changed = feed_predictions(decoder, features, many, 0.3)[real.repeat(1, 40, 1)] == 5
+    assert changed.float().mean().item() == pytest.approx(0.3, abs=0.05)
+
+
+def test_predictions_are_those_after_the_true_words_before(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN.with_settings({"decoder": "transformer"}))
+    images, captions = next(iter(trainer.loader))
+    trainer.model.decoder.linear.weight.data *= 1e4  # one word has all the probability
+    features = trainer.model.encoder(images)
+    logits, _ = trainer.model.decoder.teacher_force(features, captions.flatten(0, 1))
+    fed = feed_predictions(trainer.model.decoder, features, captions, 1.0).flatten(0, 1)[:, 1:]
+    real = captions.flatten(0, 1)[:, 1:] != IGNORE
+    assert torch.equal(fed[real], logits.argmax(-1)[real])
+
+
+def test_scheduled_sampling_rises_over_the_run_and_is_off_by_default(tmp_path, monkeypatch, no_curve):
+    rates = []
+    monkeypatch.setattr(train, "feed_predictions", lambda *args: rates.append(args[3]) or args[2])
+    trainer_in(tmp_path / "off", PLAIN).fit(progress=False)
+    assert rates == []
+    trainer = trainer_in(tmp_path / "on", PLAIN.with_settings({"scheduled_sampling": 0.5}))
+    trainer.fit(progress=False)
+    n = trainer.total_steps
+    assert rates == pytest.approx([0.5 * step / (n - 1) for step in range(n)])
+    assert losses(tmp_path / "on") == losses(tmp_path / "off"), "the pass for the predictions changes the loss"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_parameter_learns_from_predicted_words(precision, tmp_path):
+    """Under autocast, weights that were converted without gradient would have none."""
+    recipe = SMALL.with_settings({"decoder": "show-tell", "scheduled_sampling": 0.9, "precision": precision})
+    trainer = trainer_in(tmp_path, recipe)
+    trainer.scheduler.last_epoch = trainer.total_steps - 1
+    trainer._train_step(*next(iter(trainer.loader)))
+    assert not [name for name, p in trainer.model.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_the_average_of_the_weights_is_validated_and_saved(tmp_path, no_curve):
+    recipe = RESNET.with_settings({"decoder": "show-tell", "batch_norm": True, "ema": 0.6, "tie_embeddings": True})
+    trainer = trainer_in(tmp_path, recipe, drawn(20))
+    expected = trainer.model.state_dict() | tensors(trainer)
+    step, take_step = 0, trainer._train_step
+
+    def averaged(*batch):
+        nonlocal step
+        result = take_step(*batch)
+        step += 1
+        decay = min(0.6, (1 + step) / (10 + step))
+        for name, new in trainer.model.state_dict().items():
+            expected[name] = decay * expected[name] + (1 - decay) * new if new.is_floating_point() else new.clone()
+        return result
+
+    trainer._train_step = averaged
+    (record,) = trainer.fit(progress=False)
+    saved = load_checkpoint(tmp_path / "last.safetensors").model
+    torch.testing.assert_close(saved.state_dict(), expected, rtol=1e-4, atol=1e-6)
+    assert moved(tensors(trainer), saved.state_dict()) > {"decoder.embed.weight", "encoder.embed.1.running_mean"}
+    assert record["val_loss"] == pytest.approx(mean_loss(saved, trainer.val_loader))
+    assert record["val_loss"] != pytest.approx(mean_loss(trainer.model, trainer.val_loader), rel=1e-4)
+    frozen = {p.data_ptr() for p in trainer.model.parameters() if not p.requires_grad}
+    both = [{p.data_ptr() for p in model.parameters()} for model in (trainer.model, trainer.average)]
+    assert frozen == both[0] & both[1]
+
+
+def test_without_an_average_there_is_no_second_model(tmp_path):
+    trainer = trainer_in(tmp_path, PLAIN)
+    assert trainer.average is trainer.model
+
+
 def test_doubly_stochastic_penalty_against_a_plain_loop():
     captions = padded_captions()
     alphas = torch.rand(4, 5, 7).softmax(-1)
@@ -984,7 +1070,8 @@ def scripted(trainer: Trainer, ciders: list[float], val_losses: list[float]) -> 
 
     def validate() -> dict:
         scores = {"CIDEr": ciders[trainer.epoch], "Bleu_4": 0.0, "Bleu_1": 0.0, "ROUGE_L": 0.0}
-        return {"val_loss": val_losses[trainer.epoch], "val_perplexity": 1.0, "scores": scores}
+        captions = {"distinct": 1.0, "bad_endings": 0.0, "mean_length": 9.0}
+        return {"val_loss": val_losses[trainer.epoch], "val_perplexity": 1.0, "scores": scores, "captions": captions}
 
     trainer._validate = validate
     return trainer
