@@ -119,6 +119,10 @@ class CaptionDataset(Dataset):
         start = self._ends[n - 1] if n else 0
         return torch.from_numpy(self._ids[start : self._ends[n]].astype(np.int64))
 
+    def captions_of(self, image_index: int) -> list[Tensor]:
+        """Return all captions of an image, as `caption_ids` does."""
+        return [self.caption_ids(n) for n in range(*self._first_caption[image_index : image_index + 2])]
+
     def __getitem__(self, index: int) -> tuple | Broken:
         """Return (image, caption), (image, captions) when grouped by image, or (original, image) in test mode."""
         image_index = int(self.image_of[index] if self.by_caption else index)

@@ -112,7 +112,7 @@ def greedy(
         totals, words = (totals + allowed).topk(1, 1)  # ties are broken as in `beam_search`, (B, 1)
         return words.squeeze(1)  # (B,)
 
-    return [found for (found,) in _roll_out(decoder, features, 1, options or DecodingOptions(), choose, alphas)]
+    return [found for (found,) in roll_out(decoder, features, 1, options or DecodingOptions(), choose, alphas)]
 
 
 @torch.no_grad()
@@ -151,11 +151,11 @@ def sample(
         choice = torch.multinomial(ordered.masked_fill(out, 0.0), 1, generator=generator)  # (N, 1)
         return index.gather(1, choice).squeeze(1)  # (N,)
 
-    return _roll_out(decoder, features, n, options or DecodingOptions(), draw, alphas)
+    return roll_out(decoder, features, n, options or DecodingOptions(), draw, alphas)
 
 
-def _roll_out(
-    decoder: Decoder, features: Tensor, k: int, options: DecodingOptions, choose: Callable, keep_alphas: bool
+def roll_out(
+    decoder: Decoder, features: Tensor, k: int, options: DecodingOptions, choose: Callable, keep_alphas: bool = False
 ) -> list[list[Hypothesis]]:
     """Generate k independent captions per image; `choose` takes log-probabilities `(N, V)` and returns words `(N,)`."""
     memory, state = decoder.start(features)

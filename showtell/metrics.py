@@ -129,14 +129,18 @@ class DocumentFrequencies:
     @classmethod
     def build(cls, references: Iterable[Sequence[str]], tokenizer: str = "ptb") -> DocumentFrequencies:
         """Count the n-grams of `references`, a list of captions for each image."""
-        tokenize, counts = _tokenizer(tokenizer), {}
+        tokenize = _tokenizer(tokenizer)
         # Tuples: the garbage collector ignores tuples of strings, and takes as long as the tokeniser for lists.
-        groups = [[tuple(tokenize(caption)) for caption in group] for group in references]
-        corpus = NgramCounts(groups, [[]] * len(groups))
+        return cls.count([[tuple(tokenize(caption)) for caption in group] for group in references], tokenizer)
+
+    @classmethod
+    def count(cls, references: Sequence[Sequence[Tokens]], tokenizer: str = "") -> DocumentFrequencies:
+        """Count the n-grams of captions that are tokens already, of whatever kind."""
+        corpus, counts = NgramCounts(references, [[]] * len(references)), {}
         for order in corpus.orders:
             frequent = np.flatnonzero(order.documents > 1)
             counts |= zip(order.texts(corpus, frequent), order.documents[frequent].tolist(), strict=True)
-        return cls(counts, len(groups), tokenizer)
+        return cls(counts, len(references), tokenizer)
 
 
 def _cider_rows(corpus: Corpus) -> np.ndarray:

@@ -108,11 +108,13 @@ class Loss(NamedTuple):
         objective: the quantity to minimise; `nll` itself without label smoothing.
         nll: the negative log-likelihood in nats, without gradient.
         words: the number of words, without `<start>` and padding.
+        rewards: of the sampled captions, `(B, K)`, in self-critical training.
     """
 
     objective: Tensor
     nll: Tensor
     words: Tensor
+    rewards: Tensor | None = None
 
 
 def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0) -> Loss:

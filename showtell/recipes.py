@@ -15,8 +15,11 @@ if typing.TYPE_CHECKING:
 
 _FRACTIONS = ("dropout", "word_dropout", "scheduled_sampling", "label_smoothing", "ema")
 _MAY_BE_ZERO = (
-    "captions_per_image", "warmup", "weight_decay", "attention_cost", "length_penalty",
+    "captions_per_image", "warmup", "weight_decay", "attention_cost", "bleu_weight", "xe_weight", "length_penalty",
 )  # fmt: skip
+# Settings that act in self-critical training only, and settings of the cross-entropy, which it may leave out.
+_SELF_CRITICAL = ("samples_per_image", "baseline", "sample_with_dropout", "bleu_weight", "xe_weight")
+_CROSS_ENTROPY = ("word_dropout", "scheduled_sampling", "captions_per_image", "label_smoothing", "attention_cost")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class Recipe:
             eq. 14).
         ema: decay of the exponential moving average of the weights, such as 0.999; validation and the saved models use
             the average.
+        objective: `cross-entropy`, or `self-critical` (`showtell.self_critical`) for a second stage after it, with
+            samples_per_image: captions sampled per image. baseline: of their rewards, the mean of the image's `others`
+            or the reward of the `greedy` caption. sample_with_dropout: whether dropout is on while they are sampled.
+            bleu_weight: of BLEU-4 in the reward, beside CIDEr-D. xe_weight: of the cross-entropy, beside the reward.
         fine_tune: layers of the backbone to train (`"layer4"`, `"layer3,layer4"`, `"all"`), at `backbone_lr`.
         precision: `float32`, `bfloat16`, or `auto`: bfloat16 on GPUs that support it.
         beam_size, length_penalty, max_len: for the captions that validation scores.
@@ -83,6 +90,12 @@ class Recipe:
     label_smoothing: float = 0.1
     attention_cost: float = 0.0
     ema: float = 0.0
+    objective: str = "cross-entropy"
+    samples_per_image: int = 5
+    baseline: str = "others"
+    sample_with_dropout: bool = False
+    bleu_weight: float = 0.0
+    xe_weight: float = 0.0
     fine_tune: str = ""
     backbone_lr: float = 1e-5
     precision: str = "auto"
@@ -95,6 +108,8 @@ class Recipe:
             "tokenizer": tuple(TOKENIZERS),
             "group": ("length", "image"),
             "optimizer": ("adam", "adamw"),
+            "objective": ("cross-entropy", "self-critical"),
+            "baseline": ("others", "greedy"),
             "precision": ("auto", "float32", "bfloat16"),
         }
         for name, accepted in choices.items():
@@ -114,6 +129,12 @@ class Recipe:
                 raise UserError(f"{name}={value} must be above 0; give a larger number")
         if self.squash and self.random_crop:
             raise UserError("squash keeps the whole image and random_crop cuts it; turn one of them off")
+        if self.objective == "self-critical":
+            if self.group != "image":
+                raise UserError("objective=self-critical needs all captions of an image together; set group=image")
+            if self.baseline == "others" and self.samples_per_image == 1:
+                given = "baseline=others needs other samples and samples_per_image is 1"
+                raise UserError(f"{given}; set samples_per_image=2 or more, or baseline=greedy")
 
     def transform(self) -> Transform:
         """Return the image transform, with augmentation."""
@@ -165,6 +186,10 @@ class Recipe:
             "weight_decay": "optimizer is adam" if self.optimizer == "adam" else "",
             "attention_cost": "" if DECODERS[self.decoder].grid else f"the decoder {self.decoder} does not attend",
         }
+        if self.objective == "cross-entropy":
+            reasons |= dict.fromkeys(_SELF_CRITICAL, "objective is cross-entropy")
+        elif not self.xe_weight:
+            reasons |= dict.fromkeys(_CROSS_ENTROPY, "xe_weight is 0")
         for name in set().union(*map(_arguments, DECODERS)) - accepted.keys():
             reasons[name] = f"the decoder {self.decoder} does not have it"
         return [
@@ -220,6 +245,9 @@ def _convert(name: str, value: object, kind: type) -> object:
 
 
 _FLICKR8K = Recipe(resize=224, squash=True, batch_norm=True)  # whole images squashed to a square
+_SELF_CRITICAL_STAGE = replace(
+    _FLICKR8K, objective="self-critical", group="image", batch_size=16, lr=2e-5, warmup=100, epochs=5
+)
 RECIPES: dict[str, Recipe] = {
     # Show and Tell on Flickr8k's 6,000 photographs. With batch norm and this rate, two epochs reach the loss that three
     # and a half reach without.
@@ -232,6 +260,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     # An attention LSTM and a language LSTM.
     "flickr8k-top-down": replace(_FLICKR8K, decoder="top-down", group="image", batch_size=16, lr=1e-3),
+    # Self-critical training of models of flickr8k-show-tell and flickr8k-attend, named by `--init`.
+    "flickr8k-show-tell-self-critical": _SELF_CRITICAL_STAGE,
+    "flickr8k-attend-self-critical": replace(_SELF_CRITICAL_STAGE, decoder="attend"),
     # A Transformer of two blocks.
     "flickr8k-transformer": replace(
         _FLICKR8K, decoder="transformer", num_layers=2, dropout=0.3, tie_embeddings=True, group="image", batch_size=16,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from showtell import __version__, metrics
 from showtell.checkpoint import load_resume
+from showtell.datasets import CaptionSet
 from showtell.errors import UserError
 from showtell.recipes import Recipe, recipe_named
 
@@ -105,6 +108,14 @@ def read_run(
 def damaged(path: Path, reason: str) -> UserError:
     """Return the error for a file that cannot be resumed from."""
     return UserError(f"{path} is damaged ({reason}); restore it from a copy, or start a new run with another --out")
+
+
+def digest_of(*sets: CaptionSet) -> str:
+    """Return 32 characters that differ when images, captions or their order do."""
+    digest = hashlib.blake2b(digest_size=16)
+    for caption_set in sets:
+        digest.update(json.dumps([caption_set.image_ids, caption_set.captions]).encode())
+    return digest.hexdigest()
 
 
 def seed_everything(seed: int) -> None:

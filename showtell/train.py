@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import json
 import math
 import os
 import shlex
@@ -47,7 +45,8 @@ from showtell.model import (
     feed_predictions,
 )
 from showtell.recipes import Recipe
-from showtell.run import Run, damaged, generator_states, read_run, seed_everything, set_generator_states
+from showtell.run import Run, damaged, digest_of, generator_states, read_run, seed_everything, set_generator_states
+from showtell.self_critical import SelfCritical
 from showtell.training_log import Totals, TrainingLog, cut_logs, draw_curve, log_sizes
 from showtell.vocabulary import Vocabulary
 
@@ -93,10 +92,15 @@ class Trainer:
         if run.subset:
             self.train_set = self.train_set.subset(run.subset, run.seed)
         self.vocab = Vocabulary.build(self.train_set.all_captions(), recipe.threshold, recipe.tokenizer)
+        self_critical = recipe.objective == "self-critical"
+        if self_critical and (not run.init or run.new_vocabulary):
+            given = "self-critical training improves a trained model and keeps its words"
+            raise UserError(f"{given}; add --init MODEL, without --new-vocabulary")
         self._init_vocab = load_checkpoint(run.init).vocab if run.init and not state else None
         if run.init and not run.new_vocabulary:  # a run that is resumed has the words of the model already
-            self.vocab = (self._init_vocab or Vocabulary.from_dict(state["vocabulary"])).extended(self.vocab)
-        self.data = _digest(self.train_set, self.val_set)
+            theirs = self._init_vocab or Vocabulary.from_dict(state["vocabulary"])
+            self.vocab = theirs if self_critical else theirs.extended(self.vocab)  # new words would be sampled
+        self.data = digest_of(self.train_set, self.val_set)
         if state and (self.data, self.vocab.to_dict()) != (state.get("data"), state.get("vocabulary")):
             data = f"the images or captions of {run.data_dir or run.dataset}"
             remedy = "restore them, or start a new run with another --out"
@@ -110,6 +114,10 @@ class Trainer:
         frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # which the average shares
         self.average = copy.deepcopy(self.model, frozen) if recipe.ema else self.model
         self._make_loaders()
+        self.objective: Callable[[Tensor, Tensor], Loss] = self._cross_entropy
+        if self_critical:
+            samples = self.loader.dataset
+            self.objective = SelfCritical(self.model.decoder, samples, recipe, self.autocast, self._cross_entropy)
         self.optimizer = _optimizer(self.model, recipe)
         self.total_steps = recipe.epochs * len(self.loader)
         self.warmup = min(recipe.warmup, self.total_steps // 10)  # a small data set must reach its learning rate
@@ -156,9 +164,11 @@ class Trainer:
 
     def _make_loaders(self) -> None:
         recipe, run = self.recipe, self.run
+        # Rewards need all captions of an image; self-critical training draws those of its cross-entropy itself.
+        per_image = recipe.captions_per_image if recipe.objective == "cross-entropy" else 0
         scored_set = self.val_set.subset(run.val_images, run.seed) if run.val_images else self.val_set
         train = CaptionDataset(
-            self.train_set, self.vocab, self.transform, "train", recipe.group, 1, run.seed, recipe.captions_per_image
+            self.train_set, self.vocab, self.transform, "train", recipe.group, 1, run.seed, per_image
         )
         val = CaptionDataset(self.val_set, self.vocab, self.transform, "val", recipe.group)
         scored = CaptionDataset(scored_set, self.vocab, self.transform, "val", "image")
@@ -300,6 +310,7 @@ class Trainer:
             "epoch": self.epoch + 1,
             "train_loss": self.totals.mean,
             "train_perplexity": metrics.perplexity(self.totals.mean),
+            **self.totals.sampled(),
             "lr": self.scheduler.get_last_lr()[0],
             "seconds": round(time.monotonic() - started, 1),
         }
@@ -310,7 +321,7 @@ class Trainer:
         captions = captions.to(self.device, non_blocking=True)
         with self.autocast():
             features = self.model.encoder(images)
-        loss = self._cross_entropy(features, captions)
+        loss = self.objective(features, captions)
         self.optimizer.zero_grad(set_to_none=True)
         loss.objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
@@ -320,17 +331,19 @@ class Trainer:
         self.scheduler.step()
         if self.recipe.ema:
             average_weights(self.average, self.model, self.recipe.ema, self.scheduler.last_epoch)
+        if loss.rewards is not None:
+            self.totals.reward += loss.rewards.sum().item()
+            self.totals.samples += loss.rewards.numel()
         return loss.nll.item(), int(loss.words)
 
     def _cross_entropy(self, features: Tensor, captions: Tensor) -> Loss:
         """Return the loss of true captions, the objective as a mean over words and with the cost of the attention."""
         recipe = self.recipe
         words = drop_words(captions, recipe.word_dropout, self.vocab.unk_id)
-        if recipe.scheduled_sampling:
-            rate = recipe.scheduled_sampling * self.scheduler.last_epoch / max(1, self.total_steps - 1)
-            with self.autocast():  # of its own: it would reuse weights converted without gradient
-                words = feed_predictions(self.model.decoder, features, words, rate)
         with self.autocast():
+            if recipe.scheduled_sampling:
+                rate = recipe.scheduled_sampling * self.scheduler.last_epoch / max(1, self.total_steps - 1)
+                words = feed_predictions(self.model.decoder, features, words, rate)
             logits, alphas = self.model.decoder.teacher_force(features, words.flatten(0, -2))
         loss = caption_loss(logits, captions, recipe.label_smoothing)
         objective = loss.objective / loss.words
@@ -459,14 +472,6 @@ def uses_bfloat16(precision: str, device: torch.device) -> bool:
     if precision == "auto":
         return device.type == "cuda" and has_bfloat16(device)
     return precision == "bfloat16"
-
-
-def _digest(*sets: CaptionSet) -> str:
-    """Return 32 characters that differ when images, captions or their order do."""
-    digest = hashlib.blake2b(digest_size=16)
-    for caption_set in sets:
-        digest.update(json.dumps([caption_set.image_ids, caption_set.captions]).encode())
-    return digest.hexdigest()
 
 
 def _optimizer(model: CaptionModel, recipe: Recipe) -> torch.optim.Optimizer:

@@ -20,11 +20,16 @@ FILES = ("training_log.txt", "training_log.jsonl")  # for people, and for progra
 
 @dataclass
 class Totals:
-    """Token-weighted sums over the epoch so far; `recent` is the mean loss of the last batch."""
+    """Token-weighted sums over the epoch so far; `recent` is the mean loss of the last batch.
+
+    `samples` captions were sampled in self-critical training, with the sum of rewards `reward`.
+    """
 
     nll: float = 0.0
     words: int = 0
     recent: float = 0.0
+    reward: float = 0.0
+    samples: int = 0
 
     def add(self, nll: float, words: int) -> None:
         self.nll, self.words, self.recent = self.nll + nll, self.words + words, nll / max(1, words)
@@ -32,6 +37,12 @@ class Totals:
     @property
     def mean(self) -> float:
         return self.nll / max(1, self.words)
+
+    def sampled(self) -> dict[str, float]:
+        """Return the mean reward of the sampled captions and their mean length without `<end>`, if there were any."""
+        if not self.samples:
+            return {}
+        return {"reward": self.reward / self.samples, "sampled_length": self.words / self.samples - 1}
 
 
 def log_sizes(out: Path) -> dict[str, int]:
@@ -81,10 +92,13 @@ class TrainingLog:
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
         own = record["captions"]
         health = f"distinct {own['distinct']:.1%}, bad endings {own['bad_endings']:.1%}, {own['mean_length']:.1f} words"
+        sampled = ""
+        if "reward" in record:
+            sampled = f"reward {record['reward']:.3f}, sampled length {record['sampled_length']:.1f}, "
         gpu = device.type == "cuda"
         memory = f", GPU memory {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MB" if gpu else ""
         line = (
-            f"Epoch [{record['epoch']}/{epochs}], train perplexity {record['train_perplexity']:.3f}, "
+            f"Epoch [{record['epoch']}/{epochs}], train perplexity {record['train_perplexity']:.3f}, {sampled}"
             f"validation loss {record['val_loss']:.4f}, perplexity {record['val_perplexity']:.3f}, {scores}, {health}, "
             f"{record['seconds']} s{memory}{', best so far' if record['best'] else ''}"
         )

@@ -622,6 +622,17 @@ def test_missing_images_are_reported(own_data, tmp_path, done, refused):
     refused(train(data, tmp_path / "run"), "4 of 14 images", "at most 1 may be missing", "add them")
 
 
+def test_self_critical_training_of_a_trained_model(own_data, finished_run, tmp_path, done, refused):
+    arguments = ["train", "--dataset", "folder", "--data-dir", str(own_data), "--out", str(tmp_path / "run")]
+    settings = ["--epochs", "1", "--batch-size", "4", "--set", "objective=self-critical", "group=image"]
+    done([*arguments, "--init", str(finished_run), *settings])
+    done(["caption", str(own_data / "images" / "00000.png"), "--model", str(tmp_path / "run")])
+    arguments[-1] += "-2"
+    arguments += ["--recipe", "flickr8k-attend-self-critical", "--dry-run"]
+    refused(arguments, "improves a trained model and keeps its words; add --init MODEL")
+    refused([*arguments, "--init", str(finished_run)], "train with its recipe and settings")
+
+
 def test_a_recipe_and_single_settings_add_up(own_data, tmp_path, done):
     arguments = ["train", "--dataset", "folder", "--data-dir", own_data, "--out", tmp_path / "run", "--dry"]
     arguments += ["--recipe", "demo"]

@@ -78,6 +78,10 @@ def test_settings_as_a_user_types_them():
         ("tokenizer", "nltk", "tokenizer='nltk' is not known; choose one of "),
         ("group", "batch", "group='batch' is not known; choose one of length, image"),
         ("optimizer", "sgd", "optimizer='sgd' is not known; choose one of adam, adamw"),
+        ("objective", "rl", "objective='rl' is not known; choose one of cross-entropy, self-critical"),
+        ("baseline", "mean", "baseline='mean' is not known; choose one of others, greedy"),
+        ("ema", 1, "ema=1.0 must be from 0 to below 1; 0 disables"),
+        ("xe_weight", -1, "xe_weight=-1.0 must be 0 or more; 0 disables"),
         ("precision", "half", "precision='half' is not known; choose one of auto, float32, bfloat16"),
         ("dropout", 1, "dropout=1.0 must be from 0 to below 1; 0 disables"),
         ("dropout", "nan", "dropout=nan must be from 0 to below 1"),
@@ -107,6 +111,11 @@ def test_settings_that_must_be_above_zero(name):
 def test_settings_that_contradict_each_other():
     with pytest.raises(UserError, match="squash keeps the whole image and random_crop cuts it; turn one of them off"):
         Recipe(squash=True, random_crop=True)
+    with pytest.raises(UserError, match=r"objective=self-critical needs all captions of an image .*; set group=image"):
+        Recipe(objective="self-critical")
+    alone = Recipe(objective="self-critical", group="image", samples_per_image=1, baseline="greedy")
+    with pytest.raises(UserError, match="samples_per_image is 1; set samples_per_image=2 or more, or baseline=greedy"):
+        replace(alone, baseline="others")
 
 
 def test_transforms():
@@ -177,6 +186,12 @@ def test_an_unknown_decoder_is_refused_before_anything_is_built():
                 "num_heads=4 has no effect: the decoder attend does not have it",
             ],
         ),
+        ({"samples_per_image": 3}, ["samples_per_image=3 has no effect: objective is cross-entropy"]),
+        (
+            {"objective": "self-critical", "group": "image", "word_dropout": 0.1, "samples_per_image": 3},
+            ["word_dropout=0.1 has no effect: xe_weight is 0"],
+        ),
+        ({"objective": "self-critical", "group": "image", "word_dropout": 0.1, "xe_weight": 0.5}, []),
         ({"attention_size": 9}, ["attention_size=9 has no effect: the decoder show-tell does not have it"]),
     ],
 )

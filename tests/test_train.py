@@ -902,7 +902,7 @@ def test_scheduled_sampling_rises_over_the_run_and_is_off_by_default(tmp_path, m
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_every_parameter_learns_from_predicted_words(precision, tmp_path):
-    """Under autocast, weights that were converted without gradient would have none."""
+    """Autocast must not reuse weights that it has converted without gradient."""
     recipe = SMALL.with_settings({"decoder": "show-tell", "scheduled_sampling": 0.9, "precision": precision})
     trainer = trainer_in(tmp_path, recipe)
     trainer.scheduler.last_epoch = trainer.total_steps - 1
@@ -913,7 +913,7 @@ def test_every_parameter_learns_from_predicted_words(precision, tmp_path):
 def test_the_average_of_the_weights_is_validated_and_saved(tmp_path, no_curve):
     recipe = RESNET.with_settings({"decoder": "show-tell", "batch_norm": True, "ema": 0.6, "tie_embeddings": True})
     trainer = trainer_in(tmp_path, recipe, drawn(20))
-    expected = trainer.model.state_dict() | tensors(trainer)
+    expected = tensors(trainer)
     step, take_step = 0, trainer._train_step
 
     def averaged(*batch):
