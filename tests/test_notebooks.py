@@ -286,16 +286,18 @@ def test_the_first_notebook_reads_a_coco_folder_without_instances(checkout: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("data", ["flickr8k", "coco_small"])
-@pytest.mark.parametrize("name", NAMES[:2])
 @pytest.mark.usefixtures("readers_machine")
-def test_the_first_two_take_less_than_two_minutes_with_photographs(
-    name: str, data: str, checkout: Path, shared_data: Path, weights: Path
+def test_each_takes_less_than_two_minutes_with_photographs(
+    data: str, checkout: Path, tmp_path: Path, shared_data: Path, weights: Path
 ):
-    switches = {"WEIGHTS": str(weights / "resnet50_imagenet_pruned.safetensors")} if name == "1_Preliminaries" else {}
-    switches |= {"DATASET": data.removesuffix("_small"), "DATA_DIR": str(shared_data / data)}
-    wall, cpu = run(checkout, name, **switches)
-    assert wall <= 2 or cpu <= 2 * 2
+    folder = tmp_path / "showtell"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("runs"))
+    switches = {"DATASET": data.removesuffix("_small"), "DATA_DIR": str(shared_data / data)}
+    switches["WEIGHTS"] = str(weights / "resnet50_imagenet_pruned.safetensors")
+    took = {name: run(folder, name, **switches) for name in NAMES}
+    assert {name: minutes for name, minutes in took.items() if minutes[0] > 2 and minutes[1] > 2 * 2} == {}
 
 
 @pytest.mark.slow
