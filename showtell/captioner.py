@@ -228,7 +228,7 @@ def find_models(model: str | os.PathLike | None = None) -> list[Path]:
 
 def find_model(model: str | os.PathLike | None = None) -> Path:
     """Return the path of a checkpoint given by path, folder or name; see `load`."""
-    remedy = "give a checkpoint, a run folder or the name of a released model"
+    remedy = "give a checkpoint, run folder or the name of a released model"
     if model is None:
         return released.locate()
     path = Path(model)

@@ -118,7 +118,7 @@ def test_a_pipe_or_device_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "photo.jpg")
     os.mkfifo(tmp_path / "best.safetensors")
     for path in (tmp_path / "best.safetensors", tmp_path, "/dev/zero"):
-        with pytest.raises(UserError, match=r"is no regular file .*; give a checkpoint, a run folder"):
+        with pytest.raises(UserError, match=r"is no regular file .*; give a checkpoint, run folder"):
             find_model(path)
     for path in (tmp_path / "photo.jpg", "/dev/zero"):
         with pytest.raises(UserError, match=r"is no regular file .*; give images, or folders of images"):

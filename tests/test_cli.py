@@ -222,7 +222,7 @@ def test_every_command_has_a_short_help(command, capsys):
         (["train", "--out", "r", "--resume"], ["r holds no run to resume", "leave --resume out"]),
         (["evaluate", "--html", "."], [". is a folder", "name the file"]),
         (["evaluate", "--out", "/dev/null"], ["/dev/null is not a folder", "choose another path"]),
-        (["evaluate", "--model", "absent"], ["no model absent", "give a checkpoint, a run folder"]),
+        (["evaluate", "--model", "absent"], ["no model absent", "give a checkpoint, run folder"]),
         (["evaluate", "--model", "/dev/zero"], ["/dev/zero is no regular file", "give a checkpoint"]),
         (["export", "--model", "/dev/zero", "--format", "half", "--out", "m"], ["/dev/zero is no regular file"]),
         (["score", "r.json", "absent.json"], ["no file at absent.json", "check the folder"]),
@@ -246,7 +246,7 @@ def talk(_):
     while True:
         print("words " * 1000)
 
-program._caption = talk
+program.COMMANDS["caption"] = talk
 sys.exit(program.main(["caption", "a.jpg"]))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -558,8 +558,8 @@ BAD_MODELS = {
         lambda model, target: target.write_text("not a model"),
         ["not a checkpoint", "give a file saved by showtell train"],
     ),
-    "a pipe": (lambda model, target: os.mkfifo(target), ["is no regular file", "give a checkpoint, a run folder"]),
-    "absent": (lambda model, target: None, ["there is no model", "give a checkpoint, a run folder"]),
+    "a pipe": (lambda model, target: os.mkfifo(target), ["is no regular file", "give a checkpoint, run folder"]),
+    "absent": (lambda model, target: None, ["there is no model", "give a checkpoint, run folder"]),
 }
 
 

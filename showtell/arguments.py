@@ -1,0 +1,190 @@
+"""The command line's arguments: flags, their types and help texts, for each command of `showtell`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NoReturn
+
+from showtell import __version__
+from showtell.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    """Report a mistake in one sentence, as everything else does, without the usage around it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; type {self.prog} --help")
+
+
+def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) -> argparse.ArgumentParser:
+    """Return the parser; parsed arguments have the function of their command, from `commands`, as `command`."""
+    from showtell.recipes import RECIPES
+
+    parser = _Parser(prog="showtell", description="Train image captioners, and caption images.")
+    parser.add_argument("--version", action="version", version=f"showtell {__version__}")
+    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        command = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.set_defaults(command=commands[name])
+        return command
+
+    demo = add("demo", "train a small captioner on drawn shapes in three minutes, and write a page of results")
+    demo.add_argument("--out", default="runs/demo", help="output folder (default runs/demo)")
+    _add_common(demo)
+
+    train = add("train", "train a captioner; Ctrl-C saves the run, --resume continues it")
+    _add_data(train, None)
+    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--recipe", help="named settings: " + ", ".join(sorted(RECIPES)))
+    train.add_argument("--decoder", help="decoder name, such as show-tell or attend; an unknown name lists all")
+    train.add_argument("--encoder", help="backbone name: resnet50, tiny, any other of torchvision, timm/NAME")
+    train.add_argument("--encoder-weights", metavar="FILE", help="backbone weights (default: ImageNet weights)")
+    train.add_argument("--init", metavar="MODEL", help="trained model to start from, by path or name; keeps its words")
+    train.add_argument(
+        "--new-vocabulary", action="store_const", const=True, help="with --init, the words of the new captions only"
+    )
+    train.add_argument("--epochs", type=_int, help="passes over the data; with --resume, more than before")
+    train.add_argument("--batch-size", type=_int)
+    train.add_argument("--lr", type=_number, help="highest learning rate")
+    train.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", dest="settings",
+        help="any other setting of the recipe",
+    )  # fmt: skip
+    # None where a flag is not given: `Run` has the defaults, and --resume those of the run.
+    train.add_argument("--subset", type=_int, metavar="N", help="train on N images only, to tune settings")
+    train.add_argument("--val-images", type=_int, metavar="N", help="images to score per epoch (default 1000; 0: all)")
+    train.add_argument("--best-by", metavar="METRIC", help="metric or loss that selects the best epoch (default CIDEr)")
+    train.add_argument("--patience", type=_int, metavar="N", help="stop after N epochs without improvement")
+    features = train.add_mutually_exclusive_group()
+    features.add_argument("--features", metavar="DIR", help="feature cache (default runs/features)")
+    features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from images")
+    train.add_argument("--workers", type=_int, metavar="N", dest="num_workers", help="data loading processes")
+    train.add_argument("--tensorboard", action="store_const", const=True, help="also write TensorBoard event files")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out")
+    train.add_argument("--dry-run", action="store_true", help="print what would be trained on which data, and exit")
+    _add_common(train, None)
+
+    evaluate = add("evaluate", "caption a split of a data set and score the captions")
+    _add_model(evaluate, "float32")
+    _add_data(evaluate)
+    evaluate.add_argument("--split", default="val", help="split to caption (default val); keep test for a release")
+    evaluate.add_argument("--out", metavar="DIR", help="folder for captions.json (default: beside the model)")
+    evaluate.add_argument("--html", metavar="FILE", help="write an HTML report")
+    evaluate.add_argument("--limit", type=_int, default=0, metavar="N", help="evaluate N images only")
+    evaluate.add_argument("--spice", action="store_true", help="also compute SPICE (Java; downloads a large file once)")
+    evaluate.add_argument("--beam-size", type=_int, default=5, metavar="N", help="beam size; 1 is greedy (default 5)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON document, scores from 0 to 1")
+    _add_common(evaluate)
+
+    _add_score(add("score", "score any captions against references, without a model"))
+
+    caption = add("caption", "caption images and folders of images")
+    caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
+    _add_model(caption, "auto")
+    caption.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
+    for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
+        ("--n-best", _int, "captions per image (default 1)"),
+        ("--beam-size", _int, "beam size; 1 is greedy (default 5)"),
+        ("--temperature", _number, "with --sample: above 1, more varied (default 1)"),
+        ("--top-k", _int, "with --sample: use the N most likely words only"),
+        ("--top-p", _number, "with --sample: use the most likely words that together reach probability N"),
+        ("--min-len", _int, "fewest words (default 0)"),
+        ("--max-len", _int, "most words (default 25, or the model's own)"),
+        ("--length-penalty", _number, "divide scores by length ** N (default 0.7, or the model's own)"),
+        ("--no-repeat-ngram", _int, "never repeat N words in a row"),
+    ):
+        caption.add_argument(flag, type=kind, metavar="N", help=summary)
+    output = caption.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON document")
+    output.add_argument("--csv", metavar="FILE", help="write a table of image, caption, score")
+    output.add_argument("--html", metavar="FILE", help="write a page with the images")
+    _add_common(caption)
+
+    export = add("export", "write a model for sharing: in half the size, or as other repositories' files")
+    _add_model(export)
+    export.add_argument(
+        "--format", choices=["half", "legacy"], required=True,
+        help="half: one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of a Show and Tell model",
+    )  # fmt: skip
+    export.add_argument("--out", required=True, metavar="FILE|DIR")
+
+    legacy = add("import-legacy", "convert the .pkl files of other repositories to a checkpoint")
+    legacy.add_argument("encoder", metavar="ENCODER.pkl")
+    legacy.add_argument("decoder", metavar="DECODER.pkl")
+    legacy.add_argument("vocab", metavar="vocab.pkl")
+    legacy.add_argument("--out", required=True, metavar="M", help="checkpoint to write, NAME.safetensors")
+    legacy.add_argument("--squash", action="store_true", help="the model was trained on images squashed to 224 x 224")
+
+    from showtell import download
+
+    fetch = add("download", "download a public data set, or a released model")
+    fetch.add_argument("name", choices=download.names(), metavar="NAME", help=", ".join(download.names()))
+    fetch.add_argument("--data-dir", metavar="DIR", help="where a data set goes (default data/NAME)")
+    fetch.add_argument("--yes", action="store_true", help="agree to the terms without being asked")
+
+    completion = add("completion", "print a script that completes commands in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, seed: int | None = 0) -> None:
+    parser.add_argument("--seed", type=_seed, default=seed, help="random seed (default 0)")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+
+
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**32):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed; give a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def _number(text: str, kind: type = float) -> float:
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+        if value == 0 or 1e-9 <= abs(value) <= 2e9:  # nan is not
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' * (kind is int)}number from -2e9 to 2e9")
+
+
+_int = partial(_number, kind=int)
+
+
+def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:
+    from showtell.datasets import READERS
+
+    names = f"{', '.join(READERS)} (default synthetic); several: a,b"
+    parser.add_argument("--dataset", default=dataset, metavar="NAME", help=names)
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data set, such as data/flickr8k")
+
+
+def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
+    several = "; A,B,C is an ensemble" if precision else ""
+    parser.add_argument("--model", metavar="M", help=f"checkpoint, run folder or released model (the default){several}")
+    if precision:
+        summary = f"float32 (exact), bfloat16 (faster), or auto: bfloat16 where it is faster (default {precision})"
+        parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    from showtell.tokenizer import TOKENIZERS
+
+    parser.add_argument("references", help="true captions: csv, tsv, jsonl, {id: [captions]} json or COCO annotations")
+    parser.add_argument("candidates", nargs="+", help="captions to score, a file for each system; COCO results, too")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1, CIDEr to 10")
+    parser.add_argument("--html", metavar="FILE", help="write a report on one system")
+    parser.add_argument("--images", metavar="DIR", help="the images, for the report")
+    parser.add_argument("--allow-missing", action="store_true", help="score the images that are on both sides")
+    parser.add_argument("--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, as in papers")
+    parser.add_argument(
+        "--document-frequencies", metavar="CAPTIONS",
+        help="captions for CIDEr-D's document frequencies (default: the references)",
+    )  # fmt: skip
+    parser.add_argument("--training-captions", metavar="CAPTIONS", help="report the share of novel captions")
+    parser.add_argument("--no-java", dest="java", action="store_false", help="leave METEOR out even where it could run")
+    parser.add_argument("--spice", action="store_true", help="compute SPICE (Java, 8 GB; downloads 0.4 GB once)")
+    parser.add_argument("--no-intervals", dest="intervals", action="store_false", help="compute no intervals")
+    parser.add_argument("--seed", type=_seed, default=0, help="random seed of intervals and p-values (default 0)")
