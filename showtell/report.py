@@ -81,14 +81,14 @@ class Card:
 class Gallery:
     """Cards that can be searched, sorted by score and filtered by verdict; these controls appear as the cards allow.
 
-    By default the score is a model's confidence in its caption, which the page explains. With another `score_name`,
-    say what it means in `note`.
+    The score is a caption's log-probability or, with the `score_name` "confidence", the probability that it is right;
+    the page explains both. With another name, say what it means in `note`.
     """
 
     title: str
     cards: Sequence[Card]
     note: str = ""
-    score_name: str = "confidence"
+    score_name: str = "score"
 
     def controls(self) -> list[tuple[str, str, dict[str, str]]]:
         """Return the groups of buttons: label, key, and the text of each value."""
@@ -99,7 +99,7 @@ class Gallery:
             groups.append(("Show", "show", choices))
         if any(card.finite_score is not None for card in self.cards):
             best, worst = "best first", "worst first"
-            if self.score_name == "confidence":  # a sure caption may well be wrong
+            if self.score_name in ("score", "confidence"):  # a sure caption may well be wrong
                 best, worst = "most confident first", "least confident first"
             groups.append(("Sort", "sort", {"order": "as listed", "best": best, "worst": worst}))
         return groups

@@ -102,7 +102,7 @@ def write(tmp_path):
 def card_html(write):
     """The HTML of a card alone."""
 
-    def written(*fields, score_name="confidence", **options) -> str:
+    def written(*fields, score_name="score", **options) -> str:
         text = write(Gallery("g", [Card(*fields, **options)], score_name=score_name))
         return re.search(r'<li class="card.*?</li>\s*</ul><p class="nothing"', text, re.S)[0]
 
@@ -250,17 +250,20 @@ def test_photographs_are_small_jpegs(card_html):
 
 
 def test_controls_appear_as_the_cards_allow(write):
-    def buttons(*cards, explained=False, **options) -> list[tuple[str, str, str]]:
+    def buttons(*cards, explained="", **options) -> list[tuple[str, str, str]]:
         text = write(Gallery("g", cards, **options))
         assert 'type="search"' in text
-        assert ("Confidence is the length-normalised log-probability" in text) is explained
+        for explanation in ("The score is the length-normalised log-prob", "Confidence is the estimated probability"):
+            assert (explanation in text) is (explanation.split()[-1] == explained)
         return re.findall(r'data-key="(\w+)" data-value="\w+" aria-pressed="(\w+)">([^<]+)<', text)
 
     assert buttons(Card(None, "1", "a")) == []
     judged = buttons(Card(None, "1", "a", ok=True), Card(None, "2", "b", ok=False), Card(None, "3", "c"))
     assert judged == [("show", "true", "all 3"), ("show", "false", "right 1"), ("show", "false", "wrong 1")]
-    names = [text for _, _, text in buttons(Card(None, "1", "a", score=-0.4), explained=True)]
+    names = [text for _, _, text in buttons(Card(None, "1", "a", score=-0.4), explained="log-prob")]
     assert names == ["as listed", "most confident first", "least confident first"]
+    card = Card(None, "1", "a", score=0.4)
+    assert [text for _, _, text in buttons(card, score_name="confidence", explained="probability")] == names
     names = [text for _, _, text in buttons(Card(None, "1", "a", score=0.4), score_name="CIDEr-D")]
     assert names == ["as listed", "best first", "worst first"]
 
