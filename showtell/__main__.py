@@ -1,4 +1,4 @@
-"""The command line: `showtell demo | train | evaluate | score | caption | export | import-legacy`, each with `--help`.
+"""The command line: `showtell demo | train | evaluate | calibrate | score | caption | export | …`, each with `--help`.
 
 A user's mistake prints one sentence on standard error, never a traceback. Exit codes: 0 success, 1 an image could not
 be captioned or is damaged, 2 a mistake, 130 stopped by Ctrl-C.
@@ -14,6 +14,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from showtell.arguments import build_parser
@@ -151,6 +152,15 @@ def _evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _calibrate(args: argparse.Namespace) -> int:
+    from showtell.evaluate import calibrate
+
+    _check_outputs([args.out])
+    path, quality = calibrate(args.model, args.dataset, args.data_dir, args.split, args.out, device=_device(args))
+    print_text(f"{path}: confidence of held-out captions: {quality.table()}")
+    return 0
+
+
 def _score(args: argparse.Namespace) -> int:
     from showtell import metrics, scoring
     from showtell.annotations import read_captions
@@ -188,6 +198,9 @@ def _caption(args: argparse.Namespace) -> int:
     _check_outputs([args.csv, args.html])
     paths = find_images(args.sources)
     captioner = load(args.model, _device(args), args.precision)
+    least = args.min_confidence
+    if least is not None and captioner.calibration is None:
+        raise UserError("--min-confidence needs a model with a confidence; showtell calibrate --model M adds it")
     results = captioner.caption_files(paths, **options)
     if len(paths) > 32:
         from tqdm import tqdm
@@ -198,24 +211,29 @@ def _caption(args: argparse.Namespace) -> int:
         if isinstance(result, UserError):
             broken.append((path, result))
             continue
+        if least is not None and not args.json:
+            unsure = {"text": "not sure", "words": [], "word_probs": []}
+            result = [replace(c, **unsure) if c.confidence < least else c for c in result]
         done.append((path, result))
         damaged |= _note_frames(path)
         if not (args.json or args.csv or args.html):
             for caption in result:
                 print_text(f"{path}: {caption.text}" if len(paths) > 1 else caption.text)
     if args.json:
-        rows = [{"image": str(path), "captions": [c.to_dict() for c in captions]} for path, captions in done]
+        sure = (lambda c: {}) if least is None else (lambda c: {"sure": c.confidence >= least})
+        rows = [{"image": str(path), "captions": [c.to_dict() | sure(c) for c in captions]} for path, captions in done]
         rows += [{"image": str(path), "captions": [], "error": str(error)} for path, error in broken]
         print_text(json_text(rows))
     elif args.csv:
         table = io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["image", "caption", "score"])
-        writer.writerows([path, c.text, round(c.score, 4)] for path, captions in done for c in captions)
+        columns = ["score", "confidence"] if captioner.calibration else ["score"]
+        writer.writerow(["image", "caption", *columns])
+        writer.writerows([path, c.text, *map(c.to_dict().get, columns)] for path, captions in done for c in captions)
         with atomic_path(args.csv) as temporary:  # names that are not UTF-8 keep their bytes
             temporary.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
     elif args.html:
-        _write_gallery(args.html, done)
+        _write_gallery(args.html, done, "confidence" if captioner.calibration else "score")
     if target := args.csv or args.html:
         _say(f"{len(done)} images captioned in {target}")
     for _, error in broken:
@@ -264,16 +282,17 @@ def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> No
             raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
-def _write_gallery(path: str, done: list) -> None:
+def _write_gallery(path: str, done: list, score_name: str) -> None:
     from showtell.report import Card, Gallery, Tile, write_page
 
     cards = []
     for image, (best, *others) in done:
         texts = [caption.text for caption in others]
-        options = {"pieces": best.pieces, "word_probs": best.word_probs, "score": best.score, "alternatives": texts}
+        score = best.score if best.confidence is None else best.confidence
+        options = {"pieces": best.pieces, "word_probs": best.word_probs, "score": score, "alternatives": texts}
         cards.append(Card(image, printable(image.name), best.text, **options))
     tiles = [Tile("images", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
-    write_page(path, "Captions", f"{len(done)} images", tiles, [Gallery("Images", cards)])
+    write_page(path, "Captions", f"{len(done)} images", tiles, [Gallery("Images", cards, "", score_name)])
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -320,6 +339,7 @@ COMMANDS = {
     "demo": _demo,
     "train": _train,
     "evaluate": _evaluate,
+    "calibrate": _calibrate,
     "score": _score,
     "caption": _caption,
     "export": _export,

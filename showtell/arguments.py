@@ -80,6 +80,13 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     evaluate.add_argument("--json", action="store_true", help="print one JSON document, scores from 0 to 1")
     _add_common(evaluate)
 
+    calibrate = add("calibrate", "fit the confidence of a model's captions to a validation split")
+    _add_model(calibrate)
+    _add_data(calibrate)
+    calibrate.add_argument("--split", default="val", help="split to caption (default val)")
+    calibrate.add_argument("--out", metavar="FILE", help="checkpoint to write (default: the model's own file)")
+    calibrate.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+
     _add_score(add("score", "score any captions against references, without a model"))
 
     caption = add("caption", "caption images and folders of images")
@@ -98,9 +105,11 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
         ("--no-repeat-ngram", _int, "never repeat N words in a row"),
     ):
         caption.add_argument(flag, type=kind, metavar="N", help=summary)
+    summary = 'show "not sure" instead of captions of lower confidence, from 0 to 1 (--json adds "sure": false)'
+    caption.add_argument("--min-confidence", type=_share, metavar="P", help=summary)
     output = caption.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON document")
-    output.add_argument("--csv", metavar="FILE", help="write a table of image, caption, score")
+    output.add_argument("--csv", metavar="FILE", help="write a table of image, caption, score, confidence")
     output.add_argument("--html", metavar="FILE", help="write a page with the images")
     _add_common(caption)
 
@@ -151,6 +160,12 @@ def _number(text: str, kind: type = float) -> float:
 
 
 _int = partial(_number, kind=int)
+
+
+def _share(text: str) -> float:
+    if 0 <= (value := _number(text)) <= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a probability; give a number from 0 to 1")
 
 
 def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic") -> None:

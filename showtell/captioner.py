@@ -21,6 +21,7 @@ from torch import Tensor
 from showtell import decoding, released
 from showtell.backbones import has_bfloat16
 from showtell.checkpoint import Checkpoint, load_checkpoint
+from showtell.confidence import Calibration
 from showtell.decoding import DecodingOptions, Hypothesis
 from showtell.ensemble import ensemble
 from showtell.errors import MissingFileError, UserError
@@ -44,6 +45,7 @@ class Caption:
     words: list[str]  # as the model generated them
     word_probs: list[float]  # of each word, from 0 to 1, given the image and the words before it
     alphas: Tensor | None = None  # attention weights, (words, rows, columns)
+    confidence: float | None = None  # the estimated probability that the caption is right, of a calibrated model
 
     @property
     def pieces(self) -> list[str]:
@@ -51,7 +53,13 @@ class Caption:
         return spell_words(self.words)
 
     @classmethod
-    def of(cls, hypothesis: Hypothesis, vocab: Vocabulary, grid: tuple[int, int] | None = None) -> Caption:
+    def of(
+        cls,
+        hypothesis: Hypothesis,
+        vocab: Vocabulary,
+        grid: tuple[int, int] | None = None,
+        calibration: Calibration | None = None,
+    ) -> Caption:
         """Convert ids and log-probabilities; attention maps, if any, need their `grid`: rows and columns."""
         words = [vocab.idx2word[i] for i in hypothesis.ids]
         probs = [math.exp(p) for p in hypothesis.log_probs[: len(words)]]
@@ -61,16 +69,21 @@ class Caption:
                 cells = alphas.shape[1]
                 raise UserError(f"maps of {cells} cells cannot have the shape {grid}; pass their grid=(rows, columns)")
             alphas = alphas.unflatten(1, grid)
-        return cls(vocab.decode(hypothesis.ids), hypothesis.score, words, probs, alphas)
+        confidence = calibration.confidence(words, probs) if calibration else None
+        return cls(vocab.decode(hypothesis.ids), hypothesis.score, words, probs, alphas, confidence)
 
     def to_dict(self) -> dict:
         """Return plain values, as `showtell caption --json` prints them."""
         probs = [round(p, 4) for p in self.word_probs]
-        return {"text": self.text, "score": round(self.score, 4), "words": self.words, "word_probs": probs}
+        plain = {"text": self.text, "score": round(self.score, 4), "words": self.words, "word_probs": probs}
+        return plain if self.confidence is None else plain | {"confidence": round(self.confidence, 4)}
 
 
 class Captioner:
-    """A model that captions images; its attributes are those of `showtell.checkpoint.Checkpoint`, and `device`."""
+    """A model that captions images; its attributes are those of `showtell.checkpoint.Checkpoint`, and `device`.
+
+    `calibration` is that of the captions' confidence; None if the checkpoint has none.
+    """
 
     def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", precision: str = "auto") -> None:
         """Take a checkpoint; `precision` is that of `load`."""
@@ -83,6 +96,7 @@ class Captioner:
         if precision == "bfloat16" or (precision == "auto" and pays):
             self._backbone = self._backbone.in_bfloat16()
         self.vocab, self.transform, self.meta = checkpoint.vocab, checkpoint.transform, checkpoint.meta
+        self.calibration = Calibration.of(self.meta)
 
     def encode(self, images: Source | Sequence[Source]) -> Tensor:
         """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
@@ -153,7 +167,7 @@ class Captioner:
             self.model.decoder, features, strategy, self.decoding_options(**options), n=n_best, beam_size=beam_size,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, alphas=alphas,
         )  # fmt: skip
-        return [[Caption.of(hypothesis, self.vocab, grid) for hypothesis in hypotheses] for hypotheses in found]
+        return [[Caption.of(hypothesis, self.vocab, grid, self.calibration) for hypothesis in own] for own in found]
 
     def sample(self, features: Tensor, n: int = 1, **options: float) -> list[list[Caption]]:
         """Draw `n` captions per image: `decode(features, "sample", n_best=n, …)`."""

@@ -101,7 +101,22 @@ def save_checkpoint(
         "meta": meta or {},
         "versions": {"showtell": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    tensors = {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()}
+    _write(path, header, {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()})
+
+
+def add_meta(path: str | PathLike, out: str | PathLike, **meta: object) -> None:
+    """Write a copy of a checkpoint, or replace it, with more JSON values in its metadata; its tensors stay the same.
+
+    Raises as `load_checkpoint` does, or a `UserError` if the disk is full.
+    """
+    header = read_header(path)
+    header["meta"] |= meta
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+    _write(Path(out), header, tensors)
+
+
+def _write(path: Path, header: dict, tensors: dict[str, Tensor]) -> None:
     require_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()), f"saving {path}")
     metadata = {_KEY: json.dumps(header)}  # before the file is written: fails on a value that is not JSON
     with atomic_path(path) as temporary:

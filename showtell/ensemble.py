@@ -118,4 +118,5 @@ def ensemble(members: Sequence[tuple[PathLike, Checkpoint]]) -> Checkpoint:
             what = "image transforms" if one.vocab == other.vocab else "vocabularies"
             given = f"{first} and {name} cannot form an ensemble, because their {what} differ"
             raise UserError(f"{given}; give models that were trained on the same data with the same image size")
-    return Checkpoint(EnsembleModel([member.model for _, member in members]), one.vocab, one.transform, one.meta)
+    meta = {name: value for name, value in one.meta.items() if name != "confidence"}  # calibrated for one model
+    return Checkpoint(EnsembleModel([member.model for _, member in members]), one.vocab, one.transform, meta)

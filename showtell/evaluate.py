@@ -9,7 +9,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import datasets, metrics, scoring
-from showtell.captioner import Caption, Captioner, find_models, load
+from showtell.captioner import Caption, Captioner, find_model, find_models, load
+from showtell.checkpoint import add_meta
+from showtell.confidence import Calibration, Reliability, is_right, signals
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader, cut_caption, pad_captions
 from showtell.datasets import CaptionSet
 from showtell.decoding import DecodingOptions, Hypothesis, decode, require_strategy
@@ -26,7 +28,7 @@ from showtell.files import write_json
 from showtell.image_stream import stream_images
 from showtell.model import CaptionModel, caption_loss
 from showtell.released import is_released
-from showtell.report import Tile
+from showtell.report import Curve, Tile
 from showtell.results import write_results
 
 
@@ -89,11 +91,13 @@ class Evaluation:
     result: scoring.Result  # scores, intervals and health, as `showtell score` computes them
     captions: dict[str, Caption]  # by image id
     path: Path  # the COCO results file that holds them
+    reliability: Reliability | None  # of the captions' confidence, if the model has one
 
     def to_json(self) -> dict:
         """Return the document of `showtell evaluate --json`; scores from 0 to 1, CIDEr to 10."""
         scores = {"perplexity": self.perplexity, **self.result.to_json()}
-        return {**self.about, "scores": scores, "captions": str(self.path)}
+        confidence = {"confidence": self.reliability.to_json()} if self.reliability else {}
+        return {**self.about, "scores": scores, **confidence, "captions": str(self.path)}
 
     def title(self) -> str:
         """Return one line that says what was evaluated."""
@@ -102,7 +106,8 @@ class Evaluation:
     def table(self) -> str:
         """Return what was evaluated, the scores x 100 and the health, for people."""
         table = scoring.format_table([self.result])
-        return f"{self.title()}, perplexity {self.perplexity:.2f}\n{table}\ncaptions: {self.path}"
+        confidence = f"\nconfidence: {self.reliability.table()}\n" if self.reliability else ""
+        return f"{self.title()}, perplexity {self.perplexity:.2f}\n{table}\n{confidence}captions: {self.path}"
 
 
 def evaluate(
@@ -164,7 +169,12 @@ def evaluate(
     ids = {str(i): i for i in caption_set.image_ids}
     rows = [{"image_id": ids[i], "caption": text} for i, text in texts.items()]
     write_json(folder / "captions.json", rows)
-    evaluation = Evaluation(about, metrics.perplexity(nll, words), result, captions, folder / "captions.json")
+    reliability = None
+    if captioner.calibration:
+        right = [is_right(text, references[i]) for i, text in texts.items()]
+        reliability = Reliability.of([caption.confidence for caption in captions.values()], right)
+    perplexity = metrics.perplexity(nll, words)
+    evaluation = Evaluation(about, perplexity, result, captions, folder / "captions.json", reliability)
     if html:
         sources = dict(zip(map(str, caption_set.image_ids), caption_set.sources(), strict=True))
 
@@ -172,8 +182,53 @@ def evaluate(
             return sources[i]() if callable(sources[i]) else sources[i]
 
         tiles = [Tile("perplexity", f"{evaluation.perplexity:.2f}")]
-        write_results(html, result, references, image, evaluation.title(), tiles, captions)
+        charts = [_calibration_curve(reliability)] if reliability else []
+        write_results(html, result, references, image, evaluation.title(), tiles, captions, charts)
     return evaluation
+
+
+def _calibration_curve(reliability: Reliability) -> Curve:
+    auroc = "" if reliability.auroc is None else f"AUROC {reliability.auroc:.3f}, "
+    series = {"captions": [(confidence, right) for confidence, right, _ in reliability.bins], "ideal": [(0, 0), (1, 1)]}
+    note = f"{auroc}calibration error {reliability.error:.3f}; right: all things named are in a true caption"
+    return Curve("Confidence", series, "mean confidence", "share of right captions", note)
+
+
+def calibrate(
+    model: str | os.PathLike | None,
+    dataset: str | CaptionSet,
+    data_dir: str | os.PathLike | None = None,
+    split: str = "val",
+    out: str | os.PathLike | None = None,
+    *,
+    device: str = "cpu",
+    progress: bool = True,
+) -> tuple[Path, Reliability]:
+    """Fit the confidence of a model to its captions of a split, by beam search, and store it in the checkpoint.
+
+    Args:
+        model: as in `showtell.load`, but no ensemble.
+        dataset, data_dir, split: as in `evaluate`; images that the model was neither trained nor will be tested on.
+        out: the checkpoint to write; by default the model's own file, which must not be a released one.
+
+    Return the file, and how well the confidence of held-out captions is calibrated.
+
+    Raises:
+        UserError: the split is not for validation, has too few images, or `out` is missing.
+    """
+    path = find_model(model)
+    if split in ("train", "test"):
+        raise UserError(f"a confidence calibrated on {split} would be too high where it counts; give --split val")
+    if out is None and is_released(path):
+        raise UserError(f"{path} is a released model and stays as it is; name the calibrated copy with --out")
+    caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
+    captions, *_ = _caption_images(load(path, device), caption_set, 5, progress)
+    references = caption_set.references()
+    rows = [signals(caption.words, caption.word_probs) for caption in captions.values()]
+    right = [is_right(caption.text, references[i]) for i, caption in captions.items()]
+    calibration, reliability = Calibration.fit(rows, right, dataset=caption_set.name, split=split)
+    add_meta(path, out or path, confidence=asdict(calibration))
+    return Path(out or path), reliability
 
 
 @torch.no_grad()

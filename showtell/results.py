@@ -12,7 +12,7 @@ from typing import Any
 from showtell.annotations import read_json
 from showtell.errors import MissingFileError
 from showtell.metrics import labels
-from showtell.report import Bars, Card, Gallery, Histogram, Interval, Table, Tile, write_page
+from showtell.report import Bars, Card, Gallery, Histogram, Interval, Section, Table, Tile, write_page
 from showtell.scoring import Result, _health_rows
 
 N_SHOWN = 30  # images among the best, and among the worst
@@ -27,20 +27,23 @@ def write_results(
     about: str,
     tiles: Sequence[Tile] = (),
     captions: Mapping[str, Any] | None = None,
+    sections: Sequence[Section] = (),
 ) -> Path:
     """Write one self-contained page: scores with intervals, best and worst images, health, lengths and words.
 
     `image` leads from an image id to anything `showtell.transforms.read_image` reads, or to None; `about` is one line
     that says what was scored; `captions`, if there are any, are the `showtell.captioner.Caption`s with the word
-    probabilities.
+    probabilities; `sections` are shown after the scores.
     """
     scores, per_image = result.scores, result.scores.per_image
     cider, rouge = (dict(zip(scores.ids, per_image[name].tolist(), strict=True)) for name in ("CIDEr", "ROUGE_L"))
     order = sorted(cider, key=cider.__getitem__, reverse=True)
 
     def card(i: str) -> Card:
-        pieces, probs = (captions[i].pieces, captions[i].word_probs) if captions else ((), ())
-        return Card(image(i), i, result.captions[i], references[i], pieces, probs, cider[i])
+        own = captions[i] if captions else None
+        pieces, probs = (own.pieces, own.word_probs) if own else ((), ())
+        notes = [f"confidence {own.confidence:.2f}"] if own and own.confidence is not None else []
+        return Card(image(i), i, result.captions[i], references[i], pieces, probs, cider[i], notes=notes)
 
     rows = []
     for name, label in labels().items():
@@ -57,6 +60,7 @@ def write_results(
     sections = [
         Table("Scores", ["metric", "x 100"], rows, f"95 % intervals over images; tokeniser {scores.tokenizer}"),
         Table("Health", ["measure", "value"], _health_rows([result])),
+        *sections,
         Gallery(f"The {n} best", [card(i) for i in order[:n]], CIDER, "CIDEr-D"),
         Gallery(f"The {n} worst", [card(i) for i in order[::-1][:n]], CIDER, "CIDEr-D"),
         Histogram("Caption lengths", lengths, "words", "share of captions, %"),

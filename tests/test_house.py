@@ -160,7 +160,7 @@ def test_only_notebooks_and_users_import_a_front_door():
 
 
 PAGE = "write_page(PATH, 't', '', [('a', 1)], [Table('t', ['a'], [['b']]), Gallery('g', [Card(None, '1', 'a cat')])])"
-DATA = """from showtell import annotations, datasets, scoring, synthetic, tokenizer, transforms as t
+DATA = """from showtell import annotations, confidence, datasets, scoring, synthetic, tokenizer, transforms as t
 t.Transform.from_dict(t.IMAGENET_TRAIN.to_dict()).evaluation().fingerprint(), t.mirror_caption("left")
 datasets.load("synthetic", n=2).references(), [cut("it's a dog. a cat") for cut in tokenizer.TOKENIZERS.values()]"""
 

@@ -34,7 +34,7 @@ def average(out: str, *parts: str) -> None:
     for name, tensor in last.model.state_dict().items():
         if tensor.is_floating_point():
             tensor.copy_(torch.stack([state[name] for state in states], -1) @ weights)
-    meta = {name: value for name, value in last.meta.items() if name != "validation"}
+    meta = {name: value for name, value in last.meta.items() if name not in ("validation", "confidence")}
     save_checkpoint(out, last.model, last.vocab, last.transform, meta | {"mean_of": parts})
 
 

@@ -13,10 +13,9 @@ from collections import Counter
 
 from showtell import datasets
 from showtell.annotations import read_candidates
+from showtell.confidence import FEMALE, MALE
 from showtell.tokenizer import ptb
 
-MALE = set("man men boy boys guy male he his him".split())
-FEMALE = set("woman women girl girls lady female she her".split())
 KINDS = {
     "colour": set("red green blue yellow purple orange black white brown gray grey pink tan".split()),
     "number": set("two three four five six several many group couple pair crowd".split()),
