@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from showtell.arrays import repeat_rows
 from showtell.errors import UserError
 
 IGNORE = -100  # marks padding in a batch of captions; no word has this id, and the loss skips it
@@ -91,11 +92,6 @@ class Decoder(nn.Module):
             if ids[-1] == end_id:
                 return ids
         return ids[:-1]  # the last step could only have added <end>
-
-
-def repeat_rows(state: State, k: int) -> State:
-    """Repeat every image's rows k times, side by side."""
-    return state if k == 1 else tuple(tensor.repeat_interleave(k, 0) for tensor in state)  # (B, …) -> (B*k, …)
 
 
 def _tie(classifier: nn.Linear, embed: nn.Embedding) -> None:

@@ -1,5 +1,7 @@
 """Caption generation with any decoder: greedy, beam search and sampling, for batches of images.
 
+Features, memory and state are torch tensors or NumPy arrays; torch is not imported for the latter.
+
 All take a decoder in eval mode, the encoder's output `(B, E)` or `(B, L, E)`, `DecodingOptions`, and whether to return
 the attention (`alphas`).
 
@@ -12,13 +14,27 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from showtell.decoders import Decoder, Memory, repeat_rows
+from showtell.arrays import (
+    Array,
+    draw,
+    full,
+    integers,
+    library,
+    log_softmax,
+    pick,
+    repeat_rows,
+    sort_probabilities,
+    to_cpu,
+    top_k,
+    without_gradients,
+)
 from showtell.errors import UserError
 from showtell.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from showtell.decoders import Decoder, Memory
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class Hypothesis:
     ids: list[int]
     log_probs: list[float]
     score: float
-    alphas: Tensor | None = None
+    alphas: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -77,54 +93,54 @@ class DecodingOptions:
         """Return the length-normalised score of a finished caption."""
         return math.fsum(log_probs) / len(log_probs) ** self.length_penalty
 
-    def apply(self, log_probs: Tensor, history: Tensor) -> Tensor:
+    def apply(self, log_probs: Array, history: Array) -> Array:
         """Set log-probabilities `(N, V)` of words that may not follow `(N, t)` to -inf; `<end>` is left if all are."""
         t = history.shape[1]
         end = log_probs[:, self.end_id]
-        allowed = log_probs.clone()
         if t >= self.max_len:
-            allowed.fill_(-math.inf)
+            allowed = full(log_probs.shape, -math.inf, log_probs)
             allowed[:, self.end_id] = end
             return allowed
+        allowed = 1 * log_probs  # a copy
         allowed[:, [i for i in self.banned if i < log_probs.shape[1]]] = -math.inf
         n = self.no_repeat_ngram
         if n and t >= n:
-            runs = history.unfold(1, n, 1)  # (N, t-n+1, n)
+            runs = history[:, [range(i, i + n) for i in range(t - n + 1)]]  # (N, t-n+1, n)
             repeats = (runs[..., :-1] == history[:, None, t - n + 1 :]).all(-1)
-            row, place = repeats.nonzero(as_tuple=True)
+            row, place = library(repeats).where(repeats)
             allowed[row, runs[row, place, -1]] = -math.inf
         if t < self.min_len:
             allowed[:, self.end_id] = -math.inf
-        stuck = allowed.isneginf().all(1)
+        stuck = library(allowed).isneginf(allowed).all(1)
         allowed[stuck, self.end_id] = end[stuck]
         return allowed
 
 
-@torch.no_grad()
+@without_gradients
 def greedy(
-    decoder: Decoder, features: Tensor, options: DecodingOptions | None = None, alphas: bool = False
+    decoder: Decoder, features: Array, options: DecodingOptions | None = None, alphas: bool = False
 ) -> list[Hypothesis]:
     """Choose the most likely word at every step; return one hypothesis per image."""
-    totals = features.new_zeros(features.shape[0], 1, dtype=torch.float)
+    totals = full((features.shape[0], 1), 0.0, features)
 
-    def choose(allowed: Tensor) -> Tensor:
+    def choose(allowed: Array) -> Array:
         nonlocal totals
-        totals, words = (totals + allowed).topk(1, 1)  # ties are broken as in `beam_search`, (B, 1)
+        totals, words = top_k(totals + allowed, 1)  # ties are broken as in `beam_search`, (B, 1)
         return words.squeeze(1)  # (B,)
 
     return [found for (found,) in roll_out(decoder, features, 1, options or DecodingOptions(), choose, alphas)]
 
 
-@torch.no_grad()
+@without_gradients
 def sample(
     decoder: Decoder,
-    features: Tensor,
+    features: Array,
     options: DecodingOptions | None = None,
     n: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: object = None,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
     """Sample `n` captions per image from the model's distribution, returned in the order drawn.
@@ -142,52 +158,52 @@ def sample(
         given = f"cannot sample with n={n}, temperature={temperature}, top_k={top_k}, top_p={top_p}"
         raise UserError(f"{given}; give n >= 1, temperature > 0, top_k >= 0 and 0 < top_p <= 1")
 
-    def draw(allowed: Tensor) -> Tensor:
-        probs = (allowed / temperature).softmax(1)
-        ordered, index = probs.sort(1, descending=True)
-        out = ordered.cumsum(1) - ordered >= top_p  # the words before this one already reach top_p
+    def choose(allowed: Array) -> Array:
+        probs, index = sort_probabilities(allowed / temperature)
+        out = probs.cumsum(1) - probs >= top_p  # the words before this one already reach top_p
         if top_k:
             out[:, top_k:] = True
-        choice = torch.multinomial(ordered.masked_fill(out, 0.0), 1, generator=generator)  # (N, 1)
-        return index.gather(1, choice).squeeze(1)  # (N,)
+        probs[out] = 0.0
+        return pick(index, draw(probs, generator))  # (N,)
 
-    return roll_out(decoder, features, n, options or DecodingOptions(), draw, alphas)
+    return roll_out(decoder, features, n, options or DecodingOptions(), choose, alphas)
 
 
 def roll_out(
-    decoder: Decoder, features: Tensor, k: int, options: DecodingOptions, choose: Callable, keep_alphas: bool = False
+    decoder: Decoder, features: Array, k: int, options: DecodingOptions, choose: Callable, keep_alphas: bool = False
 ) -> list[list[Hypothesis]]:
     """Generate k independent captions per image; `choose` takes log-probabilities `(N, V)` and returns words `(N,)`."""
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
     n = features.shape[0] * k
-    words = torch.full((n,), options.start_id, device=features.device)
-    history = words.new_empty(n, 0)  # (N, t)
+    words = full((n,), options.start_id, features)
+    history = full((n, 0), 0, features)  # (N, t)
     log_probs, alphas = [], []
-    open_rows = torch.ones(n, dtype=torch.bool, device=features.device)
+    open_rows = full((n,), True, features)
+    xp = library(words)
     while open_rows.any() and history.shape[1] <= options.max_len:  # NaN never chooses `<end>`
         logits, state, alpha = decoder.step(words, memory, state)
-        log_prob = logits.float().log_softmax(1)
-        words = choose(options.apply(log_prob, history)).where(open_rows, words.new_tensor(options.end_id))
-        history = torch.cat([history, words[:, None]], 1)
-        log_probs.append(log_prob.gather(1, words[:, None]))
+        log_prob = log_softmax(logits)
+        words = xp.where(open_rows, choose(options.apply(log_prob, history)), options.end_id)
+        history = xp.concatenate([history, words[:, None]], 1)
+        log_probs.append(pick(log_prob, words))
         alphas.append(alpha)
         open_rows &= words != options.end_id
-    lengths = (history == options.end_id).int().argmax(1).tolist()
-    steps = torch.stack(alphas, 1) if keep_alphas and alphas[0] is not None else None  # (N, t, L)
-    values = torch.cat(log_probs, 1).tolist()
+    lengths = (1 * (history == options.end_id)).argmax(1).tolist()
+    steps = xp.stack(alphas, 1) if keep_alphas and alphas[0] is not None else None  # (N, t, L)
+    values = xp.stack(log_probs, 1).tolist()
     found = []
     for i, length in enumerate(lengths):
         own = values[i][: length + 1]
-        attention = None if steps is None else steps[i, :length].cpu()
+        attention = None if steps is None else to_cpu(steps[i, :length])
         found.append(Hypothesis(history[i, :length].tolist(), own, options.score(own), attention))
     return [found[i : i + k] for i in range(0, n, k)]
 
 
-@torch.no_grad()
+@without_gradients
 def beam_search(
     decoder: Decoder,
-    features: Tensor,
+    features: Array,
     options: DecodingOptions | None = None,
     beam_size: int = 5,
     n_best: int = 1,
@@ -208,43 +224,44 @@ def beam_search(
     b, k = features.shape[0], beam_size
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
-    words = torch.full((b * k,), options.start_id, device=features.device)
-    history = words.new_empty(b * k, 0)  # (N, t)
-    word_log_probs = features.new_empty(b * k, 0, dtype=torch.float)
-    attention: Tensor | None = None  # (N, t, L)
-    totals = features.new_full((b, k), -math.inf, dtype=torch.float)
+    words = full((b * k,), options.start_id, features)
+    xp = library(words)
+    history = full((b * k, 0), 0, features)  # (N, t)
+    word_log_probs = full((b * k, 0), 0.0, features)
+    attention: Array | None = None  # (N, t, L)
+    totals = full((b, k), -math.inf, features)
     totals[:, 0] = 0.0  # the K beams of an image begin as one
-    slots = torch.full((b, 1), k, device=features.device)  # of the beam, not taken by finished captions
-    rank = torch.arange(k, device=features.device)
-    first_row = torch.arange(b, device=features.device)[:, None] * k
+    slots = full((b, 1), k, features)  # of the beam, not taken by finished captions
+    rank = integers(range(k), features)
+    first_row = integers(range(0, b * k, k), features)[:, None]
     finished: list[list[Hypothesis]] = [[] for _ in range(b)]
     images = list(range(b))  # those still searched; from here on, B is their number
 
     for _ in range(options.max_len + 1):
         logits, state, alpha = decoder.step(words, memory, state)
-        log_probs = logits.float().log_softmax(1)
+        log_probs = log_softmax(logits)
         v = log_probs.shape[1]
-        scores = (totals.view(-1, 1) + options.apply(log_probs, history)).view(-1, k * v)
-        totals, best = scores.topk(k, 1)  # (B, K)
+        scores = (totals.reshape(-1, 1) + options.apply(log_probs, history)).reshape(-1, k * v)
+        totals, best = top_k(scores, k)  # (B, K)
         rows = (first_row[: len(images)] + best // v).flatten()  # (N,): the rows that go on, in new order
         words = (best % v).flatten()  # (N,)
-        history = torch.cat([history[rows], words[:, None]], 1)
-        word_log_probs = torch.cat([word_log_probs[rows], log_probs[rows, words][:, None]], 1)
+        history = xp.concatenate([history[rows], words[:, None]], 1)
+        word_log_probs = xp.concatenate([word_log_probs[rows], log_probs[rows, words][:, None]], 1)
         if alphas and alpha is not None:
             alpha = alpha[:, None]  # (N, 1, L)
-            attention = (alpha if attention is None else torch.cat([attention, alpha], 1))[rows]
+            attention = (alpha if attention is None else xp.concatenate([attention, alpha], 1))[rows]
 
-        alive = (rank < slots) & ~totals.isneginf()
-        ended = alive & (words.view_as(totals) == options.end_id)
-        for i, j in ended.nonzero().tolist():
+        alive = (rank < slots) & ~xp.isneginf(totals)
+        ended = alive & (words.reshape(totals.shape) == options.end_id)
+        for i, j in xp.argwhere(ended).tolist():
             row = i * k + j
             own = word_log_probs[row].tolist()
-            view = None if attention is None else attention[row, :-1].cpu()
+            view = None if attention is None else to_cpu(attention[row, :-1])
             finished[images[i]].append(Hypothesis(history[row, :-1].tolist(), own, options.score(own), view))
-        slots -= ended.sum(1, keepdim=True)
-        totals = totals.masked_fill(~alive | ended, -math.inf)
+        slots -= ended.sum(1)[:, None]
+        totals[~alive | ended] = -math.inf
         # A total only falls, so that no partial caption can finish with a higher score than this.
-        bounds = (totals.amax(1) / (options.max_len + 1) ** options.length_penalty).tolist()
+        bounds = (xp.amax(totals, 1) / (options.max_len + 1) ** options.length_penalty).tolist()
         going = []  # indices into `images`
         for i, (image, bound) in enumerate(zip(images, bounds, strict=True)):
             scores = sorted((h.score for h in finished[image]), reverse=True)
@@ -254,16 +271,16 @@ def beam_search(
             break
         if len(going) < len(images):
             images = [images[i] for i in going]
-            index = torch.tensor(going, device=features.device)  # (B,)
+            index = integers(going, features)  # (B,)
             kept = (first_row[index] + rank).flatten()  # (N,)
             totals, slots, memory = totals[index], slots[index], _select(memory, index)
             rows, words, history, word_log_probs = rows[kept], words[kept], history[kept], word_log_probs[kept]
             attention = None if attention is None else attention[kept]
-        state = tuple(tensor[rows] for tensor in state)
+        state = tuple(array[rows] for array in state)
     return [sorted(own, key=lambda h: -h.score)[:n_best] for own in finished]
 
 
-def _select(memory: Memory, images: Tensor) -> Memory:
+def _select(memory: Memory, images: Array) -> Memory:
     """Return the memory of some images, by index."""
     if isinstance(memory, tuple):
         return tuple(_select(part, images) for part in memory)
@@ -276,7 +293,7 @@ STRATEGIES: dict[str, Callable] = {"beam": beam_search, "greedy": greedy, "sampl
 
 def decode(
     decoder: Decoder,
-    features: Tensor,
+    features: Array,
     strategy: str = "beam",
     options: DecodingOptions | None = None,
     n: int = 1,
@@ -284,7 +301,7 @@ def decode(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
+    generator: object = None,
     alphas: bool = False,
 ) -> list[list[Hypothesis]]:
     """Generate `n` captions per image with any of `STRATEGIES`; see the three functions for the arguments.
