@@ -244,9 +244,11 @@ def write_figure(
 
 def pixels(image: Any) -> Any:
     """Return anything `showtell.transforms.read_image` reads as a uint8 array of shape (H, W, 3)."""
-    from showtell.transforms import read_image  # brings torch, which charts and tables do without
+    import numpy as np
 
-    return read_image(image).permute(1, 2, 0).contiguous().numpy()
+    from showtell.transforms import open_image
+
+    return np.asarray(open_image(image))
 
 
 def clean(text: object) -> str:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-
+from showtell.arrays import Array
 from showtell.errors import MissingFileError
-from showtell.transforms import BrokenImageError, Source, Transform, decode_image, read_bytes
+from showtell.transforms import BrokenImageError, Source, Transform, decode_image, is_tensor, read_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 Stamp = tuple[str, int, int]  # absolute path, size in bytes, time of last change in nanoseconds
@@ -29,14 +31,18 @@ class LoadedImage(NamedTuple):
     """An image ready for the network, or the error that explains why it is not."""
 
     index: int  # among the sources
-    pixels: Tensor | None = None  # (3, S, S) float32, transformed; None where there is an error
+    pixels: Array | None = None  # (3, S, S) float32, transformed; None where there is an error
     error: BrokenImageError | MissingFileError | None = None  # why it could not be read
     digest: str = ""  # of the file's bytes, or of the pixels of an image that is not a file
     stamp: Stamp | None = None  # of the file, taken before it was read
 
 
 def stream_images(
-    sources: Sequence[Source | Callable[[], Tensor]], transform: Transform, batch_size: int = 32, workers: int = 2
+    sources: Sequence[Source | Callable[[], Tensor]],
+    transform: Transform,
+    batch_size: int = 32,
+    workers: int = 2,
+    as_arrays: bool = False,
 ) -> Iterator[list[LoadedImage]]:
     """Read images in order and yield them in batches, at most a batch ahead of the caller.
 
@@ -44,6 +50,7 @@ def stream_images(
         sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor.
         transform: turns an image into the network's input.
         batch_size: images per batch; the last may have fewer. workers: the number of threads that read.
+        as_arrays: whether pixels are NumPy arrays, made without torch and without digests, rather than tensors.
     """
 
     def load(numbered: tuple[int, Source | Callable[[], Tensor]]) -> LoadedImage:
@@ -53,9 +60,13 @@ def stream_images(
             if isinstance(source, (str, os.PathLike)):
                 stamp = file_stamp(source)  # before reading: a file that changes meanwhile then counts as unknown
                 path, data = read_bytes(source)
+                if as_arrays:
+                    return LoadedImage(index, transform.to_array(data, path), stamp=stamp)
                 return LoadedImage(index, transform(decode_image(data, path)), None, digest_of(data), stamp)
             image = source() if callable(source) else source
-            digest = digest_of_pixels(image) if isinstance(image, Tensor) else ""
+            if as_arrays:
+                return LoadedImage(index, transform.to_array(image))
+            digest = digest_of_pixels(image) if is_tensor(image) else ""
             return LoadedImage(index, transform(image), None, digest)
         except (BrokenImageError, MissingFileError) as error:
             if path and path not in str(error):
@@ -99,9 +110,10 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
     Threads, because decoding and resizing release Python's lock, and because a thread ends with its process: a killed
     run leaves no worker behind.
     """
-    n_threads = torch.get_num_threads()
+    torch = sys.modules.get("torch")  # where it is not loaded, nothing splits an image between threads
+    n_threads = torch and torch.get_num_threads()
     # One image is too small to split: on a busy machine, several threads on one image mostly wait for each other.
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(workers, initializer=torch and torch.set_num_threads, initargs=(1,)) as pool:
         waiting: deque = deque()
         try:
             for item in items:
@@ -112,4 +124,5 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], workers
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(n_threads)  # for threads that start later
+            if torch:
+                torch.set_num_threads(n_threads)  # for threads that start later

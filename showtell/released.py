@@ -86,9 +86,9 @@ def locate(name: str | None = None, download: bool = True) -> Path:
 
 def cache_folder() -> Path:
     """Return the folder that downloaded models are kept in, such as `~/.cache/showtell/models`."""
-    import pooch
+    from platformdirs import user_cache_dir  # as pooch.os_cache does; importing pooch takes 0.1 s
 
-    return Path(pooch.os_cache("showtell")).expanduser() / "models"
+    return Path(user_cache_dir("showtell")).expanduser() / "models"
 
 
 def is_released(path: str | os.PathLike) -> bool:

@@ -2,7 +2,8 @@
 
 `read_image` turns any image file into (3, H, W) uint8; a `Transform` turns that into (3, S, S) float32. A `Transform`
 is data: it is saved in checkpoints, it fingerprints the feature cache, and its augmentation is a function of (seed,
-epoch, sample) alone, so workers and resuming change nothing. Importing this module does not import torch.
+epoch, sample) alone, so workers and resuming change nothing. Importing this module does not import torch, and
+`Transform.to_array` does without it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import io
 import json
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -71,20 +73,41 @@ def read_image(source: Source) -> torch.Tensor:
             or has over `MAX_PIXELS` pixels.
     """
     import torch
-    from PIL import Image
 
     if isinstance(source, torch.Tensor):
         if source.dtype != torch.uint8 or source.ndim != 3 or source.shape[0] not in (1, 3) or not source.numel():
             given = f"a tensor of {source.dtype} and shape {tuple(source.shape)}"
             raise UserError(f"{given} is not an image; give uint8 of shape (3, H, W) or (1, H, W)")
         return source.expand(3, -1, -1)
+    if not isinstance(source, np.ndarray) and not hasattr(source, "convert"):
+        path, data = read_bytes(source)
+        return decode_image(data, path)
+    return _to_tensor(open_image(source))
+
+
+def open_image(source: Source, path: str | None = None) -> Image.Image:
+    """Read any image as `read_image` does, but as Pillow's RGB image, and without torch unless it is a tensor.
+
+    `path` is that of a file whose bytes are given, for error messages.
+    """
+    from PIL import Image
+
     if isinstance(source, np.ndarray):
         return _to_rgb(Image.fromarray(_as_uint8(source)))
     if isinstance(source, Image.Image):
         with _guarded(getattr(source, "filename", None) or None):
             return _to_rgb(source)
-    path, data = read_bytes(source)
-    return decode_image(data, path)
+    if is_tensor(source):
+        return Image.fromarray(read_image(source).permute(1, 2, 0).numpy())
+    own_path, data = read_bytes(source)
+    with _open(data, path or own_path) as image, _guarded(path or own_path):
+        return _to_rgb(image)
+
+
+def is_tensor(value: object) -> bool:
+    """Return whether a value is a tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
@@ -123,7 +146,7 @@ def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
                 return decode(torch.frombuffer(bytearray(data), dtype=torch.uint8), 3, True)
             except RuntimeError:
                 pass  # Pillow reads some files that this decoder refuses, and explains better what is wrong with others
-        return _to_rgb(image)
+        return _to_tensor(_to_rgb(image))
 
 
 def frames(source: str | os.PathLike | bytes) -> int:
@@ -179,25 +202,48 @@ class Transform:
         from torchvision.transforms.v2 import functional as F
 
         image = read_image(image)
-        height, width = image.shape[1:]
-        if isinstance(self.resize, int) and max(height, width) > 100 * min(height, width):  # it would have gigabytes
-            raise BrokenImageError(f"an image of {width} x {height} pixels is too long and thin; crop it first")
-        if self.resize is not None:
-            image = F.resize(image, [self.resize] if isinstance(self.resize, int) else list(self.resize))
-        rng = None if key is None else Random(repr(tuple(key)))
-        if self.crop is not None:
-            if min(image.shape[1:]) < self.crop:
-                image = F.resize(image, [self.crop])
-            spare = [side - self.crop for side in image.shape[1:]]
-            if rng and self.random_crop:
-                top, left = (int(rng.random() * (room + 1)) for room in spare)
-            else:
-                top, left = (round(room / 2) for room in spare)  # to even, as torchvision's center crop
-            image = image[:, top : top + self.crop, left : left + self.crop]
+        size, rows, columns = self._place(*image.shape[1:], key)
+        image = F.resize(image, list(size))[:, rows, columns]
         if self.mirror or self.flips(key):
             image = image.flip(-1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (image / 255).sub_(mean).div_(std)
+
+    def to_array(self, image: Source, path: str | None = None) -> np.ndarray:
+        """Transform one image as a call without a key does, with NumPy and Pillow alone.
+
+        Pillow's resized pixels are at most two levels of 255 from torchvision's, and nearly all are equal. `path` is as
+        in `open_image`.
+        """
+        image = open_image(image, path)
+        (height, width), rows, columns = self._place(image.height, image.width)
+        image = image.resize((width, height), 2)  # 2: bilinear, and antialiased, as torchvision's
+        pixels = np.asarray(image)[rows, columns, :].transpose(2, 0, 1).astype(np.float32, order="C")
+        pixels /= 255
+        pixels -= np.array(self.mean, np.float32).reshape(3, 1, 1)
+        pixels /= np.array(self.std, np.float32).reshape(3, 1, 1)
+        return np.ascontiguousarray(pixels[:, :, ::-1]) if self.mirror else pixels
+
+    def _place(self, height: int, width: int, key: tuple | None = None) -> tuple[tuple[int, int], slice, slice]:
+        """Return the size `(height, width)` to resize an image to, and the rows and columns to crop from that."""
+        side, short = self.resize, min(height, width)
+        if isinstance(side, int) and max(height, width) > 100 * short:  # it would have gigabytes
+            raise BrokenImageError(f"an image of {width} x {height} pixels is too long and thin; crop it first")
+        if side is None and self.crop is not None and short < self.crop:
+            side = self.crop
+        if isinstance(side, int):
+            height, width = int(side * height / short), int(side * width / short)
+        elif side is not None:
+            height, width = side
+        if self.crop is None:
+            return (height, width), slice(height), slice(width)
+        spare = height - self.crop, width - self.crop
+        if key is not None and self.random_crop:
+            rng = Random(repr(tuple(key)))
+            top, left = (int(rng.random() * (room + 1)) for room in spare)
+        else:
+            top, left = (round(room / 2) for room in spare)  # to even, as torchvision's center crop
+        return (height, width), slice(top, top + self.crop), slice(left, left + self.crop)
 
     def flips(self, key: tuple | None) -> bool:
         """Return whether the image of this key is mirrored."""
@@ -265,9 +311,12 @@ def _open(data: bytes, path: str | None) -> Image.Image:
         raise _broken(path, "it is empty (0 bytes)")
     with _guarded(path):
         try:
-            # No other formats: Pillow would start Ghostscript for PostScript, whatever the name of the file.
-            Image.init()
-            image = Image.open(io.BytesIO(data), formats=[name for name in FORMATS if name in Image.OPEN])
+            try:
+                Image.preinit()  # the frequent formats; importing all takes 20 ms
+                image = Image.open(io.BytesIO(data), formats=_known_formats())
+            except UnidentifiedImageError:
+                Image.init()
+                image = Image.open(io.BytesIO(data), formats=_known_formats())
         except UnidentifiedImageError:
             text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
             reason = "it holds text" if text else "it is not an image of a known format"
@@ -276,6 +325,13 @@ def _open(data: bytes, path: str | None) -> Image.Image:
         if image.width * image.height > MAX_PIXELS:  # for programs that switch Pillow's own limit off
             raise Image.DecompressionBombError
         return image
+
+
+def _known_formats() -> list[str]:
+    """Return those formats that Pillow has imported: of others, it would start Ghostscript for PostScript."""
+    from PIL import Image
+
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 @contextmanager
@@ -307,8 +363,7 @@ def _jpeg_decoder():
         return None
 
 
-def _to_rgb(image: Image.Image) -> torch.Tensor:
-    import torch
+def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)
@@ -317,8 +372,13 @@ def _to_rgb(image: Image.Image) -> torch.Tensor:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    array = np.array(image.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1)  # in memory channels last, as the JPEG decoder's: resizing likes it
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # channels last, as the JPEG decoder's: resizing likes it
 
 
 def _as_uint8(array: np.ndarray) -> np.ndarray:

@@ -360,6 +360,22 @@ def test_augmentation_is_a_function_of_its_key_and_evaluation_is_deterministic()
         assert torch.equal(transform(PHOTO, other), IMAGENET(PHOTO))
 
 
+def test_the_transform_of_arrays_is_that_of_tensors():
+    pixels = np.random.default_rng(1).integers(0, 255, (300, 400, 3), np.uint8)
+    plain = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    for transform in (
+        Transform(256, 224, **plain), Transform((64, 64), mirror=True, **plain), Transform(None, 350, **plain),
+        Transform(100, **plain),
+    ):  # fmt: skip
+        expected = transform(pixels).numpy()
+        found = transform.to_array(pixels)
+        assert (found.shape, found.dtype) == (expected.shape, np.float32)
+        assert found.flags.c_contiguous
+        assert np.abs(found - expected).max() * 255 < 2.01
+        assert np.abs(found - expected).mean() * 255 < 0.05
+    np.testing.assert_allclose(Transform().to_array(pixels), Transform()(pixels).numpy(), atol=0.04)
+
+
 def test_crops_reach_every_place_and_flips_half_the_images():
     image = torch.arange(100, dtype=torch.uint8).view(1, 10, 10)
     plain = {"resize": None, "mean": (0, 0, 0), "std": (1, 1, 1)}
