@@ -49,15 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _device(args: argparse.Namespace) -> str:
-    import torch
+    from showtell.torch_engine import find_device
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserError(f"--device {device} is not available ({reason}); give cpu, or leave it out") from None
-    return device
+    return str(find_device(args.device))
 
 
 def _say(text: str) -> None:
@@ -197,7 +191,7 @@ def _caption(args: argparse.Namespace) -> int:
     options = _decoding(args)
     _check_outputs([args.csv, args.html])
     paths = find_images(args.sources)
-    captioner = load(args.model, _device(args), args.precision)
+    captioner = load(args.model, args.device, args.precision, args.engine)
     least = args.min_confidence
     if least is not None and captioner.calibration is None:
         raise UserError("--min-confidence needs a model with a confidence; showtell calibrate --model M adds it")
@@ -296,15 +290,24 @@ def _write_gallery(path: str, done: list, score_name: str) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_model
+    from showtell.captioner import find_images, find_model
     from showtell.checkpoint import load_checkpoint, save_checkpoint
     from showtell.legacy import export_legacy
 
+    if args.int8 != bool(args.calibrate) or (args.int8 and args.format != "onnx"):
+        raise UserError("--int8 and --calibrate go together, with --format onnx; give both, or neither")
+    images = find_images([args.calibrate]) if args.int8 else []
     checkpoint = load_checkpoint(find_model(args.model))
     if args.format == "half":
         save_checkpoint(args.out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
-    for path in [args.out] if args.format == "half" else export_legacy(checkpoint, args.out):
-        print_text(str(path))
+    if args.format == "onnx":
+        from showtell.onnx_export import export_onnx
+
+        lines = export_onnx(checkpoint, args.out, images)
+    else:
+        lines = [args.out] if args.format == "half" else export_legacy(checkpoint, args.out)
+    for line in lines:
+        print_text(str(line))
     return 0
 
 

@@ -92,6 +92,8 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     caption = add("caption", "caption images and folders of images")
     caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
     _add_model(caption, "auto")
+    summary = "auto (default) is ONNX Runtime if it is installed and the model is exported, else torch"
+    caption.add_argument("--engine", choices=["auto", "torch", "onnx"], default="auto", help=summary)
     caption.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
     for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
         ("--n-best", _int, "captions per image (default 1)"),
@@ -116,10 +118,13 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     export = add("export", "write a model for sharing: in half the size, or as other repositories' files")
     _add_model(export)
     export.add_argument(
-        "--format", choices=["half", "legacy"], required=True,
-        help="half: one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of a Show and Tell model",
+        "--format", choices=["half", "legacy", "onnx"], required=True,
+        help="half: one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of Show and Tell; "
+        "onnx: a folder that ONNX Runtime runs without torch",
     )  # fmt: skip
     export.add_argument("--out", required=True, metavar="FILE|DIR")
+    export.add_argument("--int8", action="store_true", help="with onnx: a faster encoder, calibrated on images")
+    export.add_argument("--calibrate", metavar="FOLDER", help="images like those to be captioned, for --int8")
 
     legacy = add("import-legacy", "convert the .pkl files of other repositories to a checkpoint")
     legacy.add_argument("encoder", metavar="ENCODER.pkl")

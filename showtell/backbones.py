@@ -269,7 +269,7 @@ class TinyNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, S, S)` -> `(B, 96, S/8, S/8)`."""
         axes = [torch.linspace(-1, 1, size, device=images.device, dtype=images.dtype) for size in images.shape[2:]]
-        place = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(images), -1, -1, -1)  # (B, 2, S, S)
+        place = torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(images.shape[0], -1, -1, -1)  # (B, 2, S, S)
         inputs = torch.cat([images, place], 1).contiguous(memory_format=torch.channels_last)
         return self.stages(self.patches(inputs))
 

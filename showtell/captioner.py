@@ -14,23 +14,24 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from showtell import decoding, released
-from showtell.backbones import has_bfloat16
-from showtell.checkpoint import Checkpoint, load_checkpoint
+from showtell.arrays import Array, library
 from showtell.confidence import Calibration
 from showtell.decoding import DecodingOptions, Hypothesis
-from showtell.ensemble import ensemble
 from showtell.errors import MissingFileError, UserError
 from showtell.files import require_regular_file
 from showtell.image_stream import LoadedImage, stream_images
+from showtell.onnx_engine import HEADER, OnnxEngine, find_export
 from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source
 from showtell.vocabulary import Vocabulary, spell_words
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from showtell.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Caption:
     score: float  # length-normalised log-probability, at most 0; comparable between images
     words: list[str]  # as the model generated them
     word_probs: list[float]  # of each word, from 0 to 1, given the image and the words before it
-    alphas: Tensor | None = None  # attention weights, (words, rows, columns)
+    alphas: Array | None = None  # attention weights, (words, rows, columns)
     confidence: float | None = None  # the estimated probability that the caption is right, of a calibrated model
 
     @property
@@ -68,7 +69,7 @@ class Caption:
             if grid is None or math.prod(grid) != alphas.shape[1]:
                 cells = alphas.shape[1]
                 raise UserError(f"maps of {cells} cells cannot have the shape {grid}; pass their grid=(rows, columns)")
-            alphas = alphas.unflatten(1, grid)
+            alphas = alphas.reshape(len(alphas), *grid)
         confidence = calibration.confidence(words, probs) if calibration else None
         return cls(vocab.decode(hypothesis.ids), hypothesis.score, words, probs, alphas, confidence)
 
@@ -82,23 +83,27 @@ class Caption:
 class Captioner:
     """A model that captions images; its attributes are those of `showtell.checkpoint.Checkpoint`, and `device`.
 
-    `calibration` is that of the captions' confidence; None if the checkpoint has none.
+    `calibration` is that of the captions' confidence, None if the checkpoint has none.
+
+    `engine` encodes the images: a `TorchEngine`, or an `OnnxEngine`, which is the `model`, too.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: str | torch.device = "cpu", precision: str = "auto") -> None:
-        """Take a checkpoint; `precision` is that of `load`."""
-        if precision not in PRECISIONS:
-            raise UserError(f"precision={precision!r} is not known; choose one of {', '.join(PRECISIONS)}")
-        self.device = torch.device(device)
-        self.model = checkpoint.model.to(self.device).eval()
-        self._backbone = self.model.encoder.backbone
-        pays = has_bfloat16(self.device) and self._backbone.name != "tiny"
-        if precision == "bfloat16" or (precision == "auto" and pays):
-            self._backbone = self._backbone.in_bfloat16()
+    def __init__(
+        self, checkpoint: Checkpoint | OnnxEngine, device: str | torch.device = "cpu", precision: str = "auto"
+    ) -> None:
+        """Take a checkpoint, or an export for ONNX Runtime, opened; `precision` is that of `load`."""
+        if isinstance(checkpoint, OnnxEngine):
+            self.engine = self.model = checkpoint
+        else:
+            from showtell.torch_engine import TorchEngine
+
+            self.engine = TorchEngine(checkpoint.model, device, precision)
+            self.model = self.engine.model
+        self.device = self.engine.device
         self.vocab, self.transform, self.meta = checkpoint.vocab, checkpoint.transform, checkpoint.meta
         self.calibration = Calibration.of(self.meta)
 
-    def encode(self, images: Source | Sequence[Source]) -> Tensor:
+    def encode(self, images: Source | Sequence[Source]) -> Array:
         """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
 
         An image is a path, a file's bytes, a PIL image, an array, or a uint8 tensor. Raises as
@@ -106,34 +111,23 @@ class Captioner:
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = []
-        for batch in stream_images(images, self.transform):
+        for batch in stream_images(images, self.transform, as_arrays=self.engine.as_arrays):
             if error := next((image.error for image in batch if image.error), None):
                 raise error
             parts += [features for _, features, _ in self._encode(batch)]
         if len({features.shape[1:] for features in parts}) != 1:
             proportions = "of equal proportions where this model keeps them"
             raise UserError(f"{len(images)} images do not fit in one batch; give one or more, {proportions}")
-        return torch.cat(parts)
+        return library(parts[0]).concatenate(parts)
 
-    @torch.inference_mode()
-    def _encode(self, images: list[LoadedImage]) -> list[tuple[list[LoadedImage], Tensor, tuple[int, int] | None]]:
+    def _encode(self, images: list[LoadedImage]) -> list[tuple[list[LoadedImage], Array, tuple[int, int] | None]]:
         """Encode images in batches of one size each: `(images, features, (rows, columns) of the grid)` per batch."""
-        sizes, encoded = [], []
-        # Only the network knows its grid: 256 cells may be 16 x 16 or 8 x 32.
-        hook = self._backbone.net.register_forward_hook(lambda *call: sizes.append(call[2].shape[2:]))
-        try:
-            for _, group in groupby(images, key=lambda image: image.pixels.shape):
-                batch = list(group)
-                pixels = torch.stack([image.pixels for image in batch]).to(self.device)
-                features = self.model.encoder.embed(self._backbone(pixels))
-                encoded.append((batch, features, tuple(sizes[-1]) if features.dim() == 3 else None))
-        finally:
-            hook.remove()
-        return encoded
+        batches = [list(group) for _, group in groupby(images, key=lambda image: image.pixels.shape)]
+        return [(batch, *self.engine.encode([image.pixels for image in batch])) for batch in batches]
 
     def decode(
         self,
-        features: Tensor,
+        features: Array,
         strategy: str = "beam",
         *,
         n_best: int = 1,
@@ -141,7 +135,7 @@ class Captioner:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        seed: int | torch.Generator = 0,
+        seed: object = 0,
         alphas: bool = False,
         grid: tuple[int, int] | None = None,
         **options: float,
@@ -152,7 +146,8 @@ class Captioner:
             n_best: captions per image: the best of a beam, best first, or independent samples in the order drawn.
             beam_size: hypotheses kept at each step of a beam search; 1 is greedy.
             temperature, top_k, top_p: of sampling, see `showtell.decoding.sample`.
-            seed: of sampling; a `torch.Generator` is used as it is, and continues from call to call.
+            seed: of sampling; a random generator of torch, or of NumPy with ONNX Runtime, is used as it is, and
+                continues from call to call.
             alphas: whether to return the attention maps.
             grid: rows and columns of the attention maps; needed with `alphas` if the transform keeps an image's
                 proportions, since features do not tell them.
@@ -160,16 +155,16 @@ class Captioner:
 
         Arguments out of range, a missing grid and a model whose outputs are not finite raise a `UserError`.
         """
-        if grid is None and features.dim() == 3 and self.transform.size is not None:  # square images, square grids
+        if grid is None and features.ndim == 3 and self.transform.size is not None:  # square images, square grids
             grid = (math.isqrt(features.shape[1]),) * 2
-        generator = seed if isinstance(seed, torch.Generator) else torch.Generator(self.device).manual_seed(seed)
+        generator = self.engine.generator(seed) if isinstance(seed, int) else seed
         found = decoding.decode(
             self.model.decoder, features, strategy, self.decoding_options(**options), n=n_best, beam_size=beam_size,
             temperature=temperature, top_k=top_k, top_p=top_p, generator=generator, alphas=alphas,
         )  # fmt: skip
         return [[Caption.of(hypothesis, self.vocab, grid, self.calibration) for hypothesis in own] for own in found]
 
-    def sample(self, features: Tensor, n: int = 1, **options: float) -> list[list[Caption]]:
+    def sample(self, features: Array, n: int = 1, **options: float) -> list[list[Caption]]:
         """Draw `n` captions per image: `decode(features, "sample", n_best=n, …)`."""
         return self.decode(features, "sample", n_best=n, **options)
 
@@ -195,8 +190,8 @@ class Captioner:
         of `decode`. Yield the index of each source, in order, with its captions or the error that prevented them.
         """
         if isinstance(options.get("seed", 0), int):  # one generator for all batches, or each would draw the same
-            options["seed"] = torch.Generator(self.device).manual_seed(options.get("seed", 0))
-        for batch in stream_images(sources, self.transform, batch_size, workers):
+            options["seed"] = self.engine.generator(options.get("seed", 0))
+        for batch in stream_images(sources, self.transform, batch_size, workers, self.engine.as_arrays):
             results = {image.index: image.error for image in batch}
             for images, features, grid in self._encode([image for image in batch if image.error is None]):
                 captions = self.decode(features, **({"grid": grid} | options))
@@ -213,24 +208,47 @@ class Captioner:
 
 
 def load(
-    model: str | os.PathLike | None = None, device: str | torch.device | None = None, precision: str = "auto"
+    model: str | os.PathLike | None = None,
+    device: str | torch.device | None = None,
+    precision: str = "auto",
+    engine: str | None = None,
 ) -> Captioner:
     """Load a model by path or name; the released model by default, downloaded if it is not installed.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), or a released model's name (see `released.locate`);
-            several, `A,B,C`, are used as an ensemble.
+        model: a checkpoint, a run folder (its best checkpoint), a released model's name (see `released.locate`) or a
+            folder exported for ONNX Runtime; several, `A,B,C`, are used as an ensemble.
         device: where to run the model; a GPU if there is one.
         precision: of the backbone: `float32`, exact and the same on every machine; `bfloat16`, three times as fast on
             hardware that has it; or `auto`, bfloat16 on such hardware.
+        engine: `torch`; `onnx`, ONNX Runtime, for which a checkpoint is exported to the user's cache if need be; or
+            `auto`, ONNX Runtime if it is installed and the model is an exported folder or has an export in the cache.
+            By default, torch for checkpoints.
 
     Raises:
         MissingFileError: there is no such model; the message lists the released ones.
         UserError: the file is not a checkpoint that this version reads, or the models do not form an ensemble.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    members = [(path, load_checkpoint(path, device)) for path in find_models(model)]
-    return Captioner(members[0][1] if len(members) == 1 else ensemble(members), device, precision)
+    paths = find_models(model)
+    needs_torch = precision == "bfloat16" or str(device or "cpu") != "cpu" or len(paths) > 1
+    engine = engine or ("auto" if paths[0].is_dir() else "torch")
+    folder = find_export(paths[0], "torch" if engine == "auto" and needs_torch else engine)
+    if folder is None:
+        from showtell.checkpoint import load_checkpoint
+        from showtell.ensemble import ensemble
+        from showtell.torch_engine import find_device
+
+        device = find_device(device)
+        members = [(path, load_checkpoint(path, device)) for path in paths]
+        return Captioner(members[0][1] if len(members) == 1 else ensemble(members), device, precision)
+    if needs_torch:
+        raise UserError("the engine onnx runs one model, on the CPU, in its own precision; use --engine torch")
+    if not (folder / HEADER).exists():
+        from showtell.checkpoint import load_checkpoint
+        from showtell.onnx_export import export_onnx
+
+        export_onnx(load_checkpoint(paths[0]), folder)
+    return Captioner(OnnxEngine(folder))
 
 
 def find_models(model: str | os.PathLike | None = None) -> list[Path]:
@@ -241,12 +259,14 @@ def find_models(model: str | os.PathLike | None = None) -> list[Path]:
 
 
 def find_model(model: str | os.PathLike | None = None) -> Path:
-    """Return the path of a checkpoint given by path, folder or name; see `load`."""
+    """Return the path of a checkpoint given by path, folder or name, or of an exported folder; see `load`."""
     remedy = "give a checkpoint, run folder or the name of a released model"
     if model is None:
         return released.locate()
     path = Path(model)
     if path.is_dir():
+        if (path / HEADER).exists():
+            return path
         if not (path / "best.safetensors").exists():
             raise MissingFileError(f"the folder {path} holds no best.safetensors; name a checkpoint or a finished run")
         path = path / "best.safetensors"

@@ -332,7 +332,7 @@ class DecoderTopDown(_AttendingDecoder):
         keys, values, image = memory
         hidden_1, cell_1, hidden_2, cell_2 = state  # 1: attention LSTM, 2: language LSTM; (N, H) each
         gates = inputs + self.attention_lstm_hidden(torch.cat([hidden_1, hidden_2], -1))  # (N, 4H)
-        gates = (gates.unflatten(0, (len(image), -1)) + image.unsqueeze(1)).flatten(0, 1)  # (B, K, 4H) -> (N, 4H)
+        gates = (gates.unflatten(0, (image.shape[0], -1)) + image.unsqueeze(1)).flatten(0, 1)  # (B, K, 4H) -> (N, 4H)
         hidden_1, cell_1 = _lstm(gates, cell_1)
         context, alphas = self.attention(hidden_1, keys, values)  # (N, E), (N, L)
         gates = self.language_lstm(torch.cat([context, hidden_1, hidden_2], -1))  # (N, E + 2H) -> (N, 4H)
@@ -404,7 +404,9 @@ class DecoderTransformer(Decoder):
         past, total = state[0].shape[2], state[0].shape[2] + words.shape[1]
         hidden = self.embed(words) * math.sqrt(self.embed.embedding_dim)  # (N, T, H)
         hidden = self.dropout(hidden + _sinusoids(total, hidden)[past:])
-        visible = torch.ones(words.shape[1], total, dtype=torch.bool, device=words.device).tril(past)  # (T, past + T)
+        visible = None  # a single word reads all before it
+        if words.shape[1] > 1:
+            visible = torch.ones(words.shape[1], total, dtype=torch.bool, device=words.device).tril(past)  # (T, past+T)
         new_state = []
         for i, layer in enumerate(self.layers):
             pair = slice(2 * i, 2 * i + 2)
@@ -425,7 +427,9 @@ class _TransformerLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(hidden_size) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, hidden: Tensor, memory: Tensors, past: State, visible: Tensor) -> tuple[Tensor, State, Tensor]:
+    def forward(
+        self, hidden: Tensor, memory: Tensors, past: State, visible: Tensor | None
+    ) -> tuple[Tensor, State, Tensor]:
         words = self.norms[0](hidden)
         new = self.self_attn.keys_and_values(words)
         words_kv = tuple(torch.cat(pair, 2) for pair in zip(past, new, strict=True))  # (N, heads, past + T, H/heads)
@@ -461,7 +465,7 @@ class _MultiHead(nn.Module):
         weights = weights.softmax(-1)
         outputs = (weights @ values).unflatten(2, (-1, t))  # (B, heads, K, T, d)
         outputs = outputs.permute(0, 2, 3, 1, 4).reshape(n, t, -1)  # (N, T, H)
-        return self.output(outputs), weights.mean(1).unflatten(1, (-1, t)).flatten(0, 1)  # (N, T, H), (N, T, L)
+        return self.output(outputs), weights.mean(1).reshape(n, t, -1)  # (N, T, H), (N, T, L)
 
 
 def _sinusoids(length: int, like: Tensor) -> Tensor:
