@@ -47,7 +47,7 @@ def export_onnx(checkpoint: Checkpoint, out: str | os.PathLike, images: Sequence
     Args:
         checkpoint: the model.
         out: a folder, created or updated; it is usable only once all files are in it.
-        images: with these, the encoder is quantised: static, 8 bits, per channel, its ranges calibrated on them.
+        images: with these, encoder and step are quantised to 8 bits per channel, calibrated on at most 200 of them.
 
     Raises:
         UserError: a package is missing, or the exported model computes something else than torch does.
@@ -76,11 +76,11 @@ def export_onnx(checkpoint: Checkpoint, out: str | os.PathLike, images: Sequence
             **header["parity"])]  # fmt: skip
         if arrays:
             exact = OnnxEngine(folder)
-            _quantise(Path(folder) / GRAPHS[0], arrays)
+            _quantise(Path(folder), arrays)
             captions = zip(_captions(exact, arrays), _captions(OnnxEngine(folder), arrays), strict=True)
             same = sum(one == other for one, other in captions)
             header["int8"] = {"images": len(arrays), "folder": chosen[0].parent.name, "same_captions": same}
-            lines.append(f"encoder in int8, calibrated on {len(arrays)} images: {same} of their captions are unchanged")
+            lines.append(f"int8, calibrated on {len(arrays)} images: {same} of their captions are unchanged")
         for name in GRAPHS:
             _separate_weights(Path(folder) / name)
         (Path(out) / HEADER).unlink(missing_ok=True)
@@ -216,8 +216,11 @@ def _captions(engine: OnnxEngine, images: Sequence[np.ndarray]) -> list[list[int
     return [beam_search(engine.decoder, engine.encode([image])[0], options)[0][0].ids for image in images]
 
 
-def _quantise(path: Path, images: Sequence[np.ndarray]) -> None:
-    """Quantise the convolutions of a graph in place; the head, of whose output captions are made, stays as it is."""
+def _quantise(folder: Path, images: Sequence[np.ndarray]) -> None:
+    """Quantise the encoder, its ranges calibrated on images, and the decoder's step, which measures its own ranges.
+
+    The encoder's head, of whose output captions are made, stays in single precision.
+    """
     import onnx
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -230,20 +233,18 @@ def _quantise(path: Path, images: Sequence[np.ndarray]) -> None:
             image = next(self.images, None)
             return None if image is None else {"images": image[None]}
 
-    prepared = path.with_suffix(".prepared")
+    encoder, _, step = (folder / name for name in GRAPHS)
+    prepared = folder / "prepared"
+    signed, unsigned = quantization.QuantType.QInt8, quantization.QuantType.QUInt8
     logging.disable(logging.WARNING)  # its advice is followed
     try:
-        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quant_pre_process(encoder, prepared, skip_symbolic_shape=True)
         head = [node.name for node in onnx.load(prepared).graph.node if "/embed/" in node.name]
         quantization.quantize_static(
-            prepared,
-            path,
-            Images(),
-            per_channel=True,
-            op_types_to_quantize=_QUANTISED,
-            nodes_to_exclude=head,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip  unsigned activations: with signed ones there are no fast kernels for x86
+            prepared, encoder, Images(), per_channel=True, op_types_to_quantize=_QUANTISED, nodes_to_exclude=head,
+            activation_type=unsigned, weight_type=signed,  # with signed activations, it takes three times as long
+        )  # fmt: skip
+        quant_pre_process(step, prepared, skip_symbolic_shape=True)
+        quantization.quantize_dynamic(prepared, step, per_channel=True, weight_type=signed)
     finally:
         logging.disable(logging.NOTSET)

@@ -184,7 +184,8 @@ def test_nothing_slow_is_imported_without_need(code: str, slow: str, tmp_path: P
 def test_every_module_imports_without_the_optional_packages():
     """The core runs with torch, torchvision, numpy, Pillow, safetensors and tqdm."""
     optional = (
-        "nltk pycocotools pycocoevalcap matplotlib jinja2 jupyter IPython skimage tensorboard timm onnx onnxruntime pytest"
+        "nltk pycocotools pycocoevalcap matplotlib jinja2 jupyter IPython skimage tensorboard timm onnx onnxruntime"
+        " pytest"
     ).split()
     code = f"""
 import importlib, sys

@@ -129,19 +129,23 @@ def test_a_parity_that_fails_refuses_the_export(checkpoint, tmp_path, monkeypatc
     assert not (tmp_path / "onnx").exists()
 
 
-def test_the_encoder_in_int8_is_smaller_and_says_what_it_was_calibrated_on(
-    checkpoint, exported, images, tmp_path, capsys
-):
-    out = tmp_path / "int8"
-    command = ["export", "--model", str(checkpoint), "--format", "onnx", "--out", str(out), "--int8"]
+def test_in_int8_a_model_is_smaller_and_says_what_it_was_calibrated_on(models, images, tmp_path, capsys):
+    checkpoint, exported = models
+    command = ["export", "--model", str(checkpoint), "--format", "onnx", "--out", str(tmp_path / "int8"), "--int8"]
     assert main([*command, "--calibrate", str(images[0].parent)]) == 0
-    assert "calibrated on 6 images" in capsys.readouterr().out
-    assert json.loads((out / HEADER).read_text())["int8"]["images"] == 6
-    assert (out / "encoder.onnx.data").stat().st_size < 0.5 * (exported / "encoder.onnx.data").stat().st_size
-    exact, quantised = (OnnxEngine(folder) for folder in (exported, out))
+    assert "int8, calibrated on 6 images: " in capsys.readouterr().out
+    assert json.loads((tmp_path / "int8" / HEADER).read_text())["int8"]["images"] == 6
+    sizes = [(folder / "encoder.onnx.data").stat().st_size for folder in (tmp_path / "int8", exported)]
+    assert sizes[0] < 0.5 * sizes[1]
+    quantised, exact = OnnxEngine(tmp_path / "int8"), OnnxEngine(exported)
     array = SMALL.to_array(images[0])
-    expected, found = (engine.encode([array])[0] for engine in (exact, quantised))
+    found, expected = (engine.encode([array])[0] for engine in (quantised, exact))
     assert 0 < np.abs(found - expected).mean() < 0.2 * np.abs(expected).mean()
+    steps = []
+    for engine in (quantised, exact):
+        memory, state = engine.decoder.start(expected)
+        steps.append(engine.decoder.step(np.array([3]), memory, state)[0])
+    assert 0 < np.abs(steps[0] - steps[1]).mean() < 0.1 * np.abs(steps[1]).mean()
     assert main(command) == 2
     assert "--int8 and --calibrate go together, with --format onnx" in capsys.readouterr().err
 
