@@ -83,9 +83,8 @@ class Caption:
 class Captioner:
     """A model that captions images; its attributes are those of `showtell.checkpoint.Checkpoint`, and `device`.
 
-    `calibration` is that of the captions' confidence, None if the checkpoint has none.
-
-    `engine` encodes the images: a `TorchEngine`, or an `OnnxEngine`, which is the `model`, too.
+    `calibration` is that of the captions' confidence; None if the checkpoint has none. `engine` encodes the images: a
+    `TorchEngine`, or an `OnnxEngine`, which is the `model`, too.
     """
 
     def __init__(
