@@ -146,7 +146,7 @@ def evaluate(
     require_strategy("beam", 1, beam_size)
     paths = find_models(model)
     name = "ensemble" if len(paths) > 1 else paths[0].stem
-    captioner = load(model, device, precision)
+    captioner = load(model, device, precision, "torch")
     caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
     if limit:
         caption_set = caption_set.subset(limit, seed)

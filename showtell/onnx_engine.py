@@ -111,7 +111,7 @@ def find_export(model: Path, engine: str = "auto") -> Path | None:
         raise UserError(f"engine={engine!r} is not known; choose one of {', '.join(ENGINES)}")
     if model.is_dir():
         if engine == "torch":
-            raise UserError(f"{model} was exported for ONNX Runtime; give the checkpoint, or leave out --engine torch")
+            raise UserError(f"{model} was exported for ONNX Runtime, which captions only; give the checkpoint")
         return model
     cache = cache_folder().parent / "onnx"
     if engine == "torch" or (engine == "auto" and not (find_spec("onnxruntime") and cache.is_dir())):

@@ -72,8 +72,8 @@ def export_onnx(checkpoint: Checkpoint, out: str | os.PathLike, images: Sequence
         header["memory"] = _write_graphs(model, inputs, Path(folder), checkpoint.transform.size is None)
         write_json(Path(folder) / HEADER, header)
         header["parity"] = _compare(checkpoint.model, OnnxEngine(folder), [*inputs.numpy(), *arrays[:8]])
-        lines = ["largest relative difference from torch: {features:.1e} of features, {logits:.1e} of logits".format(
-            **header["parity"])]  # fmt: skip
+        sizes = "{features:.1e} of features, {logits:.1e} of logits".format(**header["parity"])
+        lines = [f"largest relative difference from torch: {sizes}"]
         if arrays:
             exact = OnnxEngine(folder)
             _quantise(Path(folder), arrays)
