@@ -222,7 +222,7 @@ def calibrate(
     if out is None and is_released(path):
         raise UserError(f"{path} is a released model and stays as it is; name the calibrated copy with --out")
     caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
-    captions, *_ = _caption_images(load(path, device), caption_set, 5, progress)
+    captions, *_ = _caption_images(load(path, device, engine="torch"), caption_set, 5, progress)
     references = caption_set.references()
     rows = [signals(caption.words, caption.word_probs) for caption in captions.values()]
     right = [is_right(caption.text, references[i]) for i, caption in captions.items()]
