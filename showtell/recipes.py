@@ -93,7 +93,7 @@ class Recipe:
     objective: str = "cross-entropy"
     samples_per_image: int = 5
     baseline: str = "others"
-    sample_with_dropout: bool = False
+    sample_with_dropout: bool = True
     bleu_weight: float = 0.0
     xe_weight: float = 0.0
     fine_tune: str = ""

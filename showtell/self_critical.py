@@ -7,7 +7,8 @@ Shapes: B images, K sampled captions per image, R references per image, T captio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 
@@ -26,8 +27,8 @@ class SelfCritical:
     """The objective of self-critical training: REINFORCE with a baseline (Rennie et al. 2017, arXiv 1612.00563).
 
     The baseline of a sample is the mean reward of the image's other samples (Luo 2020, arXiv 2003.09971) or, as in the
-    first paper, the reward of the greedy caption. The image is encoded once. Samples are drawn without dropout, unless
-    the recipe turns it on; their log-probabilities are computed with dropout, by teacher forcing.
+    first paper, the reward of the greedy caption. The image is encoded once. The log-probabilities of the samples are
+    computed by teacher forcing, with dropout; unless the recipe turns it off, they are drawn with dropout, too.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class SelfCritical:
             baseline = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
         with self.autocast():
             logits, _ = self.decoder.teacher_force(features, captions.flatten(0, 1))
-        loss = reinforce(logits, captions, rewards - baseline)._replace(rewards=rewards)
+        loss = reinforce(logits, captions, rewards - baseline, self.options.banned)._replace(rewards=rewards)
         if recipe.xe_weight:
             kept = self._some(references, recipe.captions_per_image)
             objective = loss.objective + recipe.xe_weight * self.cross_entropy(features, kept).objective
@@ -108,17 +109,21 @@ class SelfCritical:
         return references.gather(1, order.expand(-1, -1, references.shape[2]))
 
 
-def reinforce(logits: Tensor, captions: Tensor, advantages: Tensor) -> Loss:
+def reinforce(logits: Tensor, captions: Tensor, advantages: Tensor, banned: Sequence[int] = ()) -> Loss:
     """Return the mean over words of the negative log-likelihood times the caption's advantage, the objective.
+
+    The likelihood is that of sampling, in which banned words have no share. Otherwise words of captions below the
+    baseline would lose probability to banned words, which are never sampled and so never lose it again.
 
     Args:
         logits: `(N, T, V)` or `(N, T-1, V)`, as in `caption_loss`. captions: `(B, K, T)`.
-        advantages: `(B, K)`, reward minus baseline.
+        advantages: `(B, K)`, reward minus baseline. banned: ids of words that are not sampled.
     """
     targets = captions.flatten(0, 1)[:, 1:]  # (N, T-1)
     real = targets != IGNORE
-    log_probs = logits[:, -targets.shape[1] :][real].float().log_softmax(-1)  # (words, V)
-    nll = -log_probs.gather(1, targets[real].unsqueeze(1)).squeeze(1)  # (words,)
+    logits = logits[:, -targets.shape[1] :][real].float()  # (words, V)
+    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long, device=logits.device), -math.inf)
+    nll = -logits.log_softmax(-1).gather(1, targets[real].unsqueeze(1)).squeeze(1)  # (words,)
     weights = advantages.flatten().to(nll).repeat_interleave(real.sum(1))
     return Loss((weights * nll).mean(), nll.detach().sum(), real.sum())
 

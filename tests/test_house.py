@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FRONT_DOORS = ("model", "data_loader", "vocabulary")
 COURSE_PACKAGES = {"torch", "torchvision", "pycocotools", "nltk", "numpy", "matplotlib", "jupyter", "scikit-image"}
-CORE_PACKAGES = {"safetensors", "tqdm", "pillow", "jinja2", "pooch", "shtab"}
+CORE_PACKAGES = {"safetensors", "tqdm", "pillow", "jinja2", "platformdirs", "pooch", "shtab"}
 MODULES = sorted(path.stem for path in (ROOT / "showtell").glob("*.py") if path.stem != "__init__")
 MAX_LINES = 500
 

@@ -104,11 +104,12 @@ def test_the_baseline_leaves_the_sample_itself_out(baseline, first, tmp_path, mo
     scored = torch.cat([rewards, torch.tensor([[2.0], [1.0]])], 1) if baseline == "greedy" else rewards
     objective_of(trainer).reward = lambda *_: scored
     seen = []
-    monkeypatch.setattr("showtell.self_critical.reinforce", lambda *args: seen.append(args[2]) or reinforce(*args))
+    monkeypatch.setattr("showtell.self_critical.reinforce", lambda *args: seen.extend(args[2:]) or reinforce(*args))
     images, captions = next(iter(trainer.loader))
     trainer._train_step(images[:2], captions[:2])
     expected = [[-1, 0, 4], [-1, -1, 2]] if baseline == "greedy" else [[-3, -1.5, 4.5], [-1.5, -1.5, 3]]
     assert seen[0].tolist() == expected
+    assert seen[1] == objective_of(trainer).options.banned != ()
     assert (trainer.totals.reward, trainer.totals.samples) == (12, 6)
 
 
@@ -131,7 +132,19 @@ def test_the_better_caption_becomes_more_probable():
     assert log_probs()[1] < before[1]
 
 
-def test_samples_have_no_dropout_unless_asked_for(first, tmp_path, monkeypatch):
+def test_banned_words_have_no_share_in_the_likelihood():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 3, 6, requires_grad=True)
+    captions, advantages = torch.tensor([[[0, 3, 4, 1]]]), torch.tensor([[-1.0]])
+    with_words = reinforce(logits[..., [1, 3, 4, 5]], torch.tensor([[[0, 1, 2, 0]]]), advantages)
+    found = reinforce(logits, captions, advantages, (0, 2))
+    assert found.nll.item() == pytest.approx(with_words.nll.item())
+    found.objective.backward()
+    assert (logits.grad[..., [0, 2]] == 0).all()
+    assert (logits.grad[..., [1, 3, 4, 5]] != 0).all()
+
+
+def test_samples_have_dropout_unless_it_is_turned_off(first, tmp_path, monkeypatch):
     modes = []
 
     def watch(decoder, name: str, on: bool) -> None:
