@@ -127,7 +127,7 @@ class Backbone(nn.Module):
         """
         fast = copy.deepcopy(self)
         fast.fine_tune(None)
-        fast.net = _InBfloat16(_fold_batch_norm(fast.net))
+        fast.net = _InBfloat16(fold_batch_norm(fast.net))
         return fast
 
     def train(self, mode: bool = True) -> Backbone:
@@ -147,7 +147,7 @@ class _InBfloat16(nn.Module):
         return torch.cat([self.net(part) for part in parts]).float()
 
 
-def _fold_batch_norm(net: nn.Module) -> nn.Module:
+def fold_batch_norm(net: nn.Module) -> nn.Module:
     """Fold each batch norm that follows a convolution in the same module into it, in place."""
     for parent in list(net.modules()):
         for (first, convolution), (second, norm) in pairwise(list(parent.named_children())):

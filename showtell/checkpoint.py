@@ -242,10 +242,11 @@ class _Uninitialised(TorchFunctionMode):
 
 
 @torch.no_grad()
-def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> int:
+def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike, opened: Checkpoint | None = None) -> int:
     """Initialise a new model from a checkpoint; embedding and classifier rows are remapped by word.
 
-    The architectures must be the same, except for vocabulary and dropout.
+    The architectures must be the same, except for vocabulary and dropout. `opened` is the checkpoint at `path`, if it
+    has been loaded already.
 
     Returns:
         The number of words of the new vocabulary that the checkpoint has too; the others stay randomly initialised.
@@ -253,7 +254,7 @@ def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike) -> 
     Raises:
         MissingFileError, UserError: as `load_checkpoint` does, or the architectures differ.
     """
-    other = load_checkpoint(path)
+    other = opened or load_checkpoint(path)
     for half, built in (("encoder", EncoderCNN), ("decoder", type(model.decoder))):
         parameters = inspect.signature(built).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}  # of arguments left out

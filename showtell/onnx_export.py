@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from showtell import __version__
 from showtell.arrays import repeat_rows
-from showtell.backbones import _fold_batch_norm
+from showtell.backbones import fold_batch_norm
 from showtell.checkpoint import Checkpoint
 from showtell.decoders import Decoder, Memory
 from showtell.decoding import DecodingOptions, beam_search
@@ -58,7 +58,7 @@ def export_onnx(checkpoint: Checkpoint, out: str | os.PathLike, images: Sequence
     if Path(out).exists() and not Path(out).is_dir():
         raise UserError(f"{out} is a file; name a folder to write")
     model = copy.deepcopy(checkpoint.model).cpu().eval().requires_grad_(False)
-    _fold_batch_norm(model.encoder.backbone.net)
+    fold_batch_norm(model.encoder.backbone.net)
     side = checkpoint.transform.size or checkpoint.transform.resize or 224
     inputs = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
     chosen = images[:: max(1, len(images) // MAX_CALIBRATION)][:MAX_CALIBRATION]

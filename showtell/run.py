@@ -110,7 +110,7 @@ def damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged ({reason}); restore it from a copy, or start a new run with another --out")
 
 
-def digest_of(*sets: CaptionSet) -> str:
+def digest_of_data(*sets: CaptionSet) -> str:
     """Return 32 characters that differ when images, captions or their order do."""
     digest = hashlib.blake2b(digest_size=16)
     for caption_set in sets:

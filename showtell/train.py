@@ -45,7 +45,7 @@ from showtell.model import (
     feed_predictions,
 )
 from showtell.recipes import Recipe
-from showtell.run import Run, damaged, digest_of, generator_states, read_run, seed_everything, set_generator_states
+from showtell.run import Run, damaged, digest_of_data, generator_states, read_run, seed_everything, set_generator_states
 from showtell.self_critical import SelfCritical
 from showtell.training_log import Totals, TrainingLog, cut_logs, draw_curve, log_sizes
 from showtell.vocabulary import Vocabulary
@@ -96,19 +96,20 @@ class Trainer:
         if self_critical and (not run.init or run.new_vocabulary):
             given = "self-critical training improves a trained model and keeps its words"
             raise UserError(f"{given}; add --init MODEL, without --new-vocabulary")
-        self._init_vocab = load_checkpoint(run.init).vocab if run.init and not state else None
+        init = load_checkpoint(run.init) if run.init and not state else None
+        self._init_vocab = init and init.vocab
         if run.init and not run.new_vocabulary:  # a run that is resumed has the words of the model already
             theirs = self._init_vocab or Vocabulary.from_dict(state["vocabulary"])
             self.vocab = theirs if self_critical else theirs.extended(self.vocab)  # new words would be sampled
-        self.data = digest_of(self.train_set, self.val_set)
+        self.data = digest_of_data(self.train_set, self.val_set)
         if state and (self.data, self.vocab.to_dict()) != (state.get("data"), state.get("vocabulary")):
             data = f"the images or captions of {run.data_dir or run.dataset}"
             remedy = "restore them, or start a new run with another --out"
             raise UserError(f"{data} have changed since {self.out} was started; {remedy}")
         self.transform = recipe.transform()
         self.model = CaptionModel(recipe.model_config(len(self.vocab)), None if state or run.init else run.weights)
-        if run.init and not state:
-            start_from(self.model, self.vocab, run.init)
+        if init:
+            start_from(self.model, self.vocab, run.init, init)
         self.model.encoder.backbone.fine_tune(recipe.layers_to_train())
         self.model.to(self.device)
         frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # which the average shares

@@ -415,7 +415,7 @@ def test_folded_batch_norm_computes_the_same(name):
     images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = backbone.net(images)
-        folded = backbones._fold_batch_norm(copy.deepcopy(backbone.net))
+        folded = backbones.fold_batch_norm(copy.deepcopy(backbone.net))
         torch.testing.assert_close(folded(images), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in folded.modules()) or name == "densenet121"
 
