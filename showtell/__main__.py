@@ -186,7 +186,7 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_images, load
+    from showtell.captioner import find_images, load, model_name
 
     options = _decoding(args)
     _check_outputs([args.csv, args.html])
@@ -227,7 +227,8 @@ def _caption(args: argparse.Namespace) -> int:
         with atomic_path(args.csv) as temporary:  # names that are not UTF-8 keep their bytes
             temporary.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
     elif args.html:
-        _write_gallery(args.html, done, "confidence" if captioner.calibration else "score")
+        made_by = f"{model_name(args.model)} ({captioner.engine.description})"
+        _write_gallery(args.html, done, "confidence" if captioner.calibration else "score", made_by)
     if target := args.csv or args.html:
         _say(f"{len(done)} images captioned in {target}")
     for _, error in broken:
@@ -276,7 +277,7 @@ def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> No
             raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
-def _write_gallery(path: str, done: list, score_name: str) -> None:
+def _write_gallery(path: str, done: list, score_name: str, made_by: str) -> None:
     from showtell.report import Card, Gallery, Tile, write_page
 
     cards = []
@@ -285,8 +286,8 @@ def _write_gallery(path: str, done: list, score_name: str) -> None:
         score = best.score if best.confidence is None else best.confidence
         options = {"pieces": best.pieces, "word_probs": best.word_probs, "score": score, "alternatives": texts}
         cards.append(Card(image, printable(image.name), best.text, **options))
-    tiles = [Tile("images", len(done)), Tile("different captions", len({card.predicted for card in cards}))]
-    write_page(path, "Captions", f"{len(done)} images", tiles, [Gallery("Images", cards, "", score_name)])
+    tiles = [Tile("images", len(done)), Tile("distinct captions", len({card.predicted for card in cards}))]
+    write_page(path, "Captions", f"Captions by {made_by}.", tiles, [Gallery("Images", cards, "", score_name)])
 
 
 def _export(args: argparse.Namespace) -> int:

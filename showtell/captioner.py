@@ -275,6 +275,12 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
     return released.locate(str(model))
 
 
+def model_name(model: str | os.PathLike | None = None) -> str:
+    """Return a model's name for titles: of its file, and for `best` and `last` of the run folder, too; no path."""
+    names = [(path.absolute().parent.name, path.stem) for path in find_models(model)]
+    return ", ".join(f"{folder}/{name}" if name in ("best", "last") else name for folder, name in names)
+
+
 def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
     """List the images that files and folders name: files as given, folders searched recursively, sorted by name.
 

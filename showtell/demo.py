@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from showtell import datasets, synthetic
-from showtell.captioner import Caption, Captioner, load
+from showtell.captioner import Caption, Captioner, load, model_name
 from showtell.datasets import SyntheticSet
 from showtell.errors import MissingFileError, UserError
 from showtell.files import lock, write_json
@@ -71,7 +71,8 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     page = write_page(
         folder / "index.html",
         "showtell demo",
-        f"A captioner trained from scratch on {n_train:,} drawn scenes in {_minutes(time.monotonic() - started)}. "
+        f"A captioner ({recipe.decoder} on {recipe.encoder}, seed {seed}), trained from scratch on {n_train:,} drawn "
+        f"scenes in {_minutes(time.monotonic() - started)}. "
         "A caption is right only if it names the number, colour and shape of everything, and all it states is true.",
         [
             Tile("right, seen combinations", f"{rates['seen']:.1%}", f"{len(seen)} new images"),
@@ -80,7 +81,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
             Tile("validation perplexity", f"{history[-1]['val_perplexity']:.2f}", "per word"),
         ],
         [
-            *([Gallery("Photographs, by the released model", photographs)] if photographs else []),
+            *([Gallery(f"Photographs, by {model_name()}", photographs)] if photographs else []),
             Gallery("Combinations seen in training", cards_seen),
             Gallery("Combinations not seen in training", cards_unseen),
             curve,
@@ -151,7 +152,7 @@ def _rate(rows: list[Judged]) -> float:
 
 
 def _card(scene: synthetic.Scene, caption: Caption, verdict: synthetic.Verdict, title: str) -> Card:
-    image, references = synthetic.draw(scene, 160), synthetic.describe(scene)
+    image, references = synthetic.draw(scene, 320), synthetic.describe(scene)
     words = (caption.pieces, caption.word_probs, caption.score)
     return Card(image, title, caption.text, references, *words, _right(verdict), verdict.problems)
 

@@ -183,7 +183,8 @@ def evaluate(
 
         tiles = [Tile("perplexity", f"{evaluation.perplexity:.2f}")]
         charts = [_calibration_curve(reliability)] if reliability else []
-        write_results(html, result, references, image, evaluation.title(), tiles, captions, charts)
+        about = f"{evaluation.title()}; {captioner.engine.description}"
+        write_results(html, result, references, image, about, tiles, captions, charts)
     return evaluation
 
 

@@ -34,10 +34,11 @@ class OnnxEngine:
 
     Attributes:
         as_arrays: whether images are NumPy arrays rather than tensors. device: where the model runs.
+        description: for reports.
         decoder: for `showtell.decoding`. vocab, transform, meta: as in `showtell.checkpoint.Checkpoint`.
     """
 
-    as_arrays, device = True, "cpu"
+    as_arrays, device, description = True, "cpu", "ONNX Runtime, cpu"
 
     def __init__(self, folder: str | os.PathLike) -> None:
         """Open an export.

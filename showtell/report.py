@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from showtell import __version__
 from showtell.figures import DARK, LIGHT, Bars, Curve, Histogram, clean, pixels, write_figure
 from showtell.files import write_text
 
@@ -61,6 +62,7 @@ class Card:
     ok: bool | None = None  # whether the caption is right, or None where that is unknown
     notes: Sequence[str] = ()  # why it is wrong
     alternatives: Sequence[str] = ()  # further predicted captions, such as the rest of an n-best list
+    systems: Sequence[tuple[str, str, float | None]] = ()  # instead of `predicted`: name, caption and score of several
 
     def __post_init__(self) -> None:
         if len(self.word_probs) not in (0, len(self.pieces)):
@@ -90,6 +92,11 @@ class Gallery:
     note: str = ""
     score_name: str = "score"
 
+    @property
+    def image_side(self) -> int:
+        """The longer side in pixels of the stored images, each of which is shown on its card and enlarged."""
+        return 800 if len(self.cards) <= 100 else 320
+
     def controls(self) -> list[tuple[str, str, dict[str, str]]]:
         """Return the groups of buttons: label, key, and the text of each value."""
         groups = []
@@ -98,7 +105,7 @@ class Gallery:
             choices = {"all": f"all {len(self.cards)}", "right": f"right {right}", "wrong": f"wrong {wrong}"}
             groups.append(("Show", "show", choices))
         if any(card.finite_score is not None for card in self.cards):
-            best, worst = "best first", "worst first"
+            best, worst = f"highest {self.score_name} first", f"lowest {self.score_name} first"
             if self.score_name in ("score", "confidence"):  # a sure caption may well be wrong
                 best, worst = "most confident first", "least confident first"
             groups.append(("Sort", "sort", {"order": "as listed", "best": best, "worst": worst}))
@@ -151,7 +158,7 @@ def write_page(
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(autoescape=True, finalize=finalize, **options)
     environment.filters |= {"cell": _cell, "data_uri": _data_uri, "sha256": _sha256}
-    environment.globals |= {"light": LIGHT, "dark": DARK}
+    environment.globals |= {"light": LIGHT, "dark": DARK, "version": __version__}
     template = environment.from_string(resources.files("showtell").joinpath("report.html").read_text("utf-8"))
     tiles = [Tile(*tile) for tile in tiles]
     write_text(path, template.render(title=title, summary=summary, tiles=tiles, sections=list(sections)))
@@ -177,13 +184,13 @@ def _is_number(value: object) -> bool:
     return re.fullmatch("[<>]? ?[-+\N{MINUS SIGN}]?[\\d.,]+ ?%?", str(value)) is not None
 
 
-def _data_uri(image: Any, side: int = 160) -> str:
-    """Return a thumbnail as a URI: JPEG, or PNG where that is the smaller, as it is for drawings."""
+def _data_uri(image: Any, side: int) -> str:
+    """Return an image, reduced to `side`, as a URI: JPEG, or PNG where that is the smaller, as it is for drawings."""
     thumbnail = Image.fromarray(pixels(image))
     thumbnail.thumbnail((side, side), Image.Resampling.LANCZOS)
     files = {"jpeg": io.BytesIO(), "png": io.BytesIO()}
     for kind, file in files.items():
-        thumbnail.save(file, kind, quality=82)  # PNG has no quality and ignores it
+        thumbnail.save(file, kind, quality=75)  # PNG has no quality and ignores it
     kind = min(files, key=lambda kind: files[kind].getbuffer().nbytes)
     return f"data:image/{kind};base64,{base64.b64encode(files[kind].getvalue()).decode()}"
 

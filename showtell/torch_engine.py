@@ -32,6 +32,7 @@ class TorchEngine:
 
     Attributes:
         as_arrays: whether images are NumPy arrays rather than tensors. device: where the model runs.
+        description: library and precision, for reports.
     """
 
     as_arrays = False
@@ -44,8 +45,10 @@ class TorchEngine:
         self.model = model.to(self.device).eval()
         self._backbone = self.model.encoder.backbone
         pays = has_bfloat16(self.device) and self._backbone.name != "tiny"
-        if precision == "bfloat16" or (precision == "auto" and pays):
+        precision = "bfloat16" if precision == "bfloat16" or (precision == "auto" and pays) else "float32"
+        if precision == "bfloat16":
             self._backbone = self._backbone.in_bfloat16()
+        self.description = f"PyTorch, {precision}, {self.device}"
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Tensor]) -> tuple[Tensor, tuple[int, int] | None]:

@@ -363,6 +363,8 @@ def test_html_shows_images_captions_and_alternatives(model, images, done, tmp_pa
     assert page.count('<li class="card') == 4
     assert page.count("data:image/") == 4
     assert "last.png" in page
+    assert f"Captions by {model.stem} (PyTorch, " in page
+    assert f"Written by showtell {__version__}." in page
     assert all(re.search(f"<li[^>]*>{text}</li>", page) for text in others)
     assert len(others) == 2
     assert "http://" not in page.replace("http://www.w3.org", "")

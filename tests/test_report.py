@@ -236,17 +236,18 @@ def test_an_image_is_the_same_in_every_form(card_html, tmp_path):
         np.testing.assert_array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
-def test_photographs_are_small_jpegs(card_html):
+def test_photographs_are_jpegs_and_smaller_where_there_are_many(write):
     from skimage import data
 
-    photograph = data.coffee()  # 400 x 600
-    markup = card_html(photograph, "coffee", "a cup")
-    kind, image = image_in(markup)
-    assert kind == "jpeg"
-    assert image.size == (160, 107)
-    assert len(markup) < 16_000
-    error = np.asarray(image, float).mean((0, 1)) - photograph.mean((0, 1))
-    assert abs(error).max() < 2
+    photograph = data.astronaut()[:384]  # 384 x 512
+    many = write(Gallery("g", [Card(photograph, "1", "a woman"), *[Card(drawing(), "2", "a square")] * 100]))
+    few = write(Gallery("g", [Card(np.tile(photograph, (2, 2, 1)), "1", "a woman"), *[Card(drawing(), "2", "b")] * 99]))
+    for text, size, most in ((many, (320, 240), 20_000), (few, (800, 600), 120_000)):
+        kind, image = image_in(text)
+        assert (kind, image.size) == ("jpeg", size)
+        assert len(text) < most + 101 * 1000 + 20_000  # a card without its image has about 600 bytes
+        error = np.asarray(image, float).mean((0, 1)) - photograph.mean((0, 1))
+        assert abs(error).max() < 2
 
 
 def test_controls_appear_as_the_cards_allow(write):
@@ -265,7 +266,7 @@ def test_controls_appear_as_the_cards_allow(write):
     card = Card(None, "1", "a", score=0.4)
     assert [text for _, _, text in buttons(card, score_name="confidence", explained="probability")] == names
     names = [text for _, _, text in buttons(Card(None, "1", "a", score=0.4), score_name="CIDEr-D")]
-    assert names == ["as listed", "best first", "worst first"]
+    assert names == ["as listed", "highest CIDEr-D first", "lowest CIDEr-D first"]
 
 
 def test_table_cells(write):
@@ -544,6 +545,57 @@ def test_sort_and_filter_in_a_browser_by_keyboard(open_page):
     press("as listed")
     assert names(page) == ["one", "two", "three", "four"]
     assert page.get_by_role("button", name="wrong 1").get_attribute("aria-pressed") == "false"
+
+
+def test_fifty_cards_are_laid_out_at_once(open_page):
+    cards = [Card(drawing(), f"{i}", f"a {'dog' if i % 2 else 'cat'}", score=-i) for i in range(120)]
+    page = open_page(Gallery("Images", cards))
+    more, count = page.locator(".more"), page.locator("output")
+    assert names(page) == [str(i) for i in range(50)]
+    assert (count.inner_text(), more.inner_text()) == ("50 of 120 shown", "Show 50 more of 70")
+    more.click()
+    assert page.evaluate("document.activeElement.ariaLabel") == "Enlarge 50"  # the keyboard goes on with the next card
+    assert len(names(page)) == 100
+    page.get_by_role("button", name="least confident first").click()  # over all, and from the start
+    assert names(page) == [str(i) for i in range(119, 69, -1)]
+    page.get_by_role("searchbox").fill("dog")
+    assert names(page) == [str(i) for i in range(119, 20, -2)]
+    more.click()
+    assert count.inner_text() == "60 of 120 shown"
+    assert not more.is_visible()
+
+
+def test_without_a_script_every_card_is_visible(open_page):
+    page = open_page(Gallery("Images", some_cards() * 20), java_script_enabled=False)
+    assert len(names(page)) == 80
+    assert page.get_by_role("button").count() == 0
+
+
+def test_an_image_is_enlarged_and_left_by_keyboard(open_page):
+    cards = some_cards()
+    page = open_page(Gallery("Images", [cards[3], *cards[:3]]), viewport={"width": 800, "height": 600})
+    page.get_by_role("button", name="wrong 1").click()
+    page.get_by_role("button", name="all 4").click()
+    page.get_by_role("button", name="Enlarge two").focus()
+    page.keyboard.press("Enter")
+    dialog = page.get_by_role("dialog")
+    assert dialog.locator(".predicted").inner_text() == "A Café at night"
+    image = dialog.get_by_role("img").bounding_box()
+    assert image["width"] > 700
+    assert image["y"] + image["height"] < 600
+    shown = []
+    for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowLeft", "ArrowLeft"):  # the ends do not wrap
+        page.keyboard.press(key)
+        shown.append(dialog.locator(".name").inner_text())
+    assert shown == ["three", "three", "two", "one", "one"]  # the fourth has no image
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    page.wait_for_function("document.activeElement.ariaLabel === 'Enlarge one'")
+    page.get_by_role("button", name="Enlarge one").click()
+    dialog.get_by_role("button", name="Next").click()
+    assert dialog.locator(".name").inner_text() == "two"
+    page.mouse.click(5, 5)  # beside it
+    assert not dialog.is_visible()
 
 
 def test_probabilities_are_shown_as_numbers(open_page):
