@@ -158,10 +158,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from showtell import metrics, scoring
     from showtell.annotations import read_captions
-    from showtell.results import image_finder, write_results
+    from showtell.results import image_finder, write_comparison, write_results
 
-    if args.html and len(args.candidates) > 1:
-        raise UserError(f"--html shows one system and {len(args.candidates)} were given; name one file of candidates")
     if args.images and not args.html:
         raise UserError("--images is for the report; add --html FILE")
     image = image_finder(args.images, args.references) if args.images else lambda _: None
@@ -179,8 +177,9 @@ def _score(args: argparse.Namespace) -> int:
     document = {result.name: result.to_json() for result in results}
     print_text(json_text(document) if args.json else scoring.format_table(results))
     if args.html:
-        about = f"{results[0].name} against {args.references}"
-        write_results(args.html, results[0], read_captions(args.references), image, about)
+        about = f"{', '.join(document)} against {args.references}"
+        write = write_results if len(results) == 1 else write_comparison
+        write(args.html, results[0] if len(results) == 1 else results, read_captions(args.references), image, about)
         _say(f"the report: {args.html}")
     return 0
 

@@ -195,7 +195,7 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("references", help="true captions: csv, tsv, jsonl, {id: [captions]} json or COCO annotations")
     parser.add_argument("candidates", nargs="+", help="captions to score, a file for each system; COCO results, too")
     parser.add_argument("--json", action="store_true", help="print one JSON document, values from 0 to 1, CIDEr to 10")
-    parser.add_argument("--html", metavar="FILE", help="write a report on one system")
+    parser.add_argument("--html", metavar="FILE", help="write a report; of several systems, they are side by side")
     parser.add_argument("--images", metavar="DIR", help="the images, for the report")
     parser.add_argument("--allow-missing", action="store_true", help="score the images that are on both sides")
     parser.add_argument("--tokenizer", choices=sorted(TOKENIZERS), default="ptb", help="default ptb, as in papers")

@@ -383,6 +383,14 @@ _BAD_ENDINGS = frozenset(
 )
 
 
+HEALTH = {  # the measures of `health` as every table names them; docs/evaluation.md defines them
+    "distinct": "distinct captions", "distinct_1": "distinct-1", "distinct_2": "distinct-2",
+    "words_used": "distinct words", "vocabulary_used": "vocabulary used", "novel": "novel captions",
+    "mean_length": "mean length", "repeats": "repetitions", "bad_endings": "incomplete captions",
+    "unk": "unknown words",
+}  # fmt: skip
+
+
 def health(
     captions: Sequence[str],
     training_captions: Iterable[str] | None = None,
@@ -392,11 +400,12 @@ def health(
     """Measure what scores do not show about a system's captions: diversity, copying, repetition, broken endings.
 
     Returns:
-        `captions`; `distinct`, the share of different captions; `distinct_1`, `distinct_2`, different words and word
-        pairs per word and per pair; `words_used`; `vocabulary_used`, the share of the `vocabulary_size` words; `novel`,
-        the share that is not among the `training_captions`; `mean_length` in words; `repeats`, the share with a word
-        twice in a row or the same three words twice; `bad_endings`, the share ending in "a", "with the" and the like;
-        `unk`, the share of words that are `<unk>`. Shares are from 0 to 1, None if unknown.
+        `captions`; `distinct`, the number of distinct captions per caption; `distinct_1`, `distinct_2`, distinct words
+        and word pairs per word and per pair; `words_used`, the number of distinct words; `vocabulary_used`, their share
+        of the `vocabulary_size` words; `novel`, the share of captions that are not among the `training_captions`;
+        `mean_length` in words; `repeats`, the share with a word twice in a row or the same three words twice;
+        `bad_endings`, the share ending in "a", "with the" and the like; `unk`, the share of words that are `<unk>`.
+        Shares are from 0 to 1, None if unknown.
     """
     if not captions:
         raise UserError("there are no captions to examine; give at least one")

@@ -185,11 +185,10 @@ def format_table(results: Sequence[Result]) -> str:
         lines += ["", f"{result.name} minus {result.against}"]
         rows = []
         for metric, d in result.differences.items():
-            p_value = f"p = {d.p_value:.3f}" if d.p_value >= 0.0015 else "p < 0.002"
             interval = f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
-            rows.append([labels[metric], f"{100 * d.difference:+.1f} {interval}", p_value])
+            rows.append([labels[metric], f"{100 * d.difference:+.1f} {interval}", p_value(d)])
         lines += _aligned(rows)
-    lines += ["", *_aligned(_health_rows(results)), ""]
+    lines += ["", *_aligned(health_rows(results)), ""]
     notes = {note: [r.name for r in results if note in r.scores.notes] for r in results for note in r.scores.notes}
     lines += [note if len(names) == len(results) else f"{', '.join(names)}: {note}" for note, names in notes.items()]
     return "\n".join(lines).rstrip()
@@ -203,14 +202,20 @@ def _cell(result: Result, metric: str) -> str:
     return f"{100 * value:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if low is not None else "")
 
 
-def _health_rows(results: Sequence[Result]) -> list[list[str]]:
+def p_value(difference: metrics.Difference) -> str:
+    """Return `p = 0.012`, or `p < 0.002`, which is as small as 1,000 trials can tell."""
+    return f"p = {difference.p_value:.3f}" if difference.p_value >= 0.0015 else "p < 0.002"
+
+
+def health_rows(results: Sequence[Result]) -> list[list[str]]:
+    """Return the rows of `metrics.health` that are known, for people: the measure, and its value for each system."""
     forms = {"words_used": "{:,}", "mean_length": "{:.1f} words", "distinct_1": "{:.3f}", "distinct_2": "{:.3f}"}
     rows = []
-    for key in results[0].health:
+    for key, label in metrics.HEALTH.items():
         values = [result.health[key] for result in results]
         cells = ["-" if value is None else forms.get(key, "{:.1%}").format(value) for value in values]
-        if key != "captions" and set(cells) != {"-"}:
-            rows.append([key.replace("_", " "), *cells])
+        if set(cells) != {"-"}:
+            rows.append([label, *cells])
     return rows
 
 

@@ -91,7 +91,8 @@ class TrainingLog:
     def epoch(self, record: dict, epochs: int, device: torch.device) -> None:
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
         own = record["captions"]
-        health = f"distinct {own['distinct']:.1%}, bad endings {own['bad_endings']:.1%}, {own['mean_length']:.1f} words"
+        health = f"distinct captions {own['distinct']:.1%}, incomplete captions {own['bad_endings']:.1%}, "
+        health += f"mean length {own['mean_length']:.1f} words"
         sampled = ""
         if "reward" in record:
             sampled = f"reward {record['reward']:.3f}, sampled length {record['sampled_length']:.1f}, "

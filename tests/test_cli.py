@@ -800,7 +800,14 @@ def test_evaluate_prints_a_table_and_writes_a_page(model, own_data, done, tmp_pa
     assert all(sentence in html for sentence in datasets.load("folder", own_data, "train").captions[0])
     assert html.count('<li class="card') == 14  # the seven best and the seven worst
     assert html.count("data:image/") == 14
-    for heading in ("The 7 best", "The 7 worst", "Scores", "Health", "Caption lengths", "Most frequent words"):
+    for heading in (
+        "The 7 highest CIDEr-D",
+        "The 7 lowest CIDEr-D",
+        "Scores",
+        "Caption statistics",
+        "Caption lengths",
+        "Most frequent words",
+    ):
         assert f">{heading}</h2>" in html
 
 
@@ -828,7 +835,7 @@ def test_the_images_of_a_limit_are_drawn_by_the_seed(model, own_data, done, tmp_
         assert ids.setdefault(seed, drawn) == drawn
     assert ids["0"] != ids["1"]
     assert "1 images" in done([*evaluate(model, own_data, tmp_path / "out"), "--limit", "1", "--html", "page.html"]).out
-    assert "The 1 best" in Path("page.html").read_text()
+    assert "The 1 highest CIDEr-D" in Path("page.html").read_text()
 
 
 @pytest.mark.usefixtures("without_java")

@@ -47,10 +47,56 @@ def test_score_writes_a_page_with_images_and_captions(files, capsys):
         assert re.search(row, text), label
 
 
-def test_two_systems_or_images_without_a_page_are_refused(files, capsys):
+def test_systems_are_compared_on_one_page(files, capsys):
+    captions = {"good": ["a dog runs", "a red bus", "two cats"], "bad": ["a dog runs", "a fork", "<i>a</i> fork"]}
+    for name, texts in captions.items():
+        rows = [{"image_id": i, "caption": text} for i, text in zip((7, 12, 139), texts, strict=True)]
+        (files / f"{name}.json").write_text(json.dumps(rows))
+    systems = [str(files / f"{name}.json") for name in ("bad", "good", "mine")]
+    words = ["score", str(files / "true.json"), *systems, "--no-java", "--images", str(files / "images"), "--html"]
+
+    def cards(*command: str) -> tuple[str, list[tuple]]:
+        assert main([*command]) == 0
+        text = (files / "page.html").read_text(encoding="utf-8")
+        found = []
+        for card in re.findall(r'<li class="card.*?</li>\n(?=<li class="card|</ul>)', text, re.S):
+            shown = re.findall(
+                r'<p class="small"><span dir="auto">(.*?)</span> <b>(.*?)</b></p>\s*<p[^>]*>(.*?)</p>', card
+            )
+            found.append(
+                (re.search(r"data-text>(\w+)</span>", card)[1], float(re.search('score="(.*?)"', card)[1]), shown)
+            )
+        return text, found
+
+    page = str(files / "page.html")
+    text, three = cards(*words, page)
+    assert text.count("data:image/") == 3
+    assert {name for name, *_ in three} == {"7", "12", "139"}
+    for _, difference, shown in three:
+        assert [name for name, *_ in shown] == ["bad.json", "good.json", "mine.json"]
+        values = [float(value) for _, value, _ in shown]
+        assert difference == pytest.approx(max(values) - min(values), abs=0.011)
+    assert "&lt;i&gt;a&lt;/i&gt; fork" in text
+    capsys.readouterr()
+    text, two = cards(*words[:4], *words[5:], page)  # bad and good
+    sizes = [abs(difference) for _, difference, _ in two]
+    assert sizes == sorted(sizes, reverse=True)
+    for name, difference, shown in two:
+        (_, bad, _), (_, good, _) = shown
+        assert difference == pytest.approx(float(good) - float(bad), abs=0.011), name
+    assert max(difference for _, difference, _ in two) > 1
+    assert ">highest difference first</button>" in text
+    for line in capsys.readouterr().out.splitlines():  # the numbers of the terminal
+        if match := re.fullmatch(r"(BLEU-1|CIDEr-D) +(-?[\d.]+) \[.*?\] +(-?[\d.]+) \[.*", line):
+            row = rf'<th scope="row" dir="auto">{match[1]}</th>' + "".join(
+                rf'<td dir="auto" class="number">{value} <span' + r".*?</td>" for value in match.groups()[1:]
+            )
+            assert re.search(row, text), line
+    assert "Differences from bad.json" in text
+
+
+def test_images_without_a_page_are_refused(files, capsys):
     words = ["score", str(files / "true.json"), str(files / "mine.json")]
-    assert main([*words, str(files / "true.json"), "--html", "page.html"]) == 2
-    assert "name one file of candidates" in capsys.readouterr().err
     assert main([*words, "--images", str(files / "images")]) == 2
     assert "add --html FILE" in capsys.readouterr().err
     assert main([*words, "--html", "page.html", "--images", str(files / "none")]) == 2

@@ -206,7 +206,9 @@ def test_a_stopped_run_continues_bit_for_bit(settings, first, tmp_path, no_curve
     assert 0 < record["sampled_length"] <= recipe.max_len
     assert record["captions"].keys() == {"distinct", "bad_endings", "mean_length"}
     text = (tmp_path / "straight" / "training_log.txt").read_text()
-    assert re.search(r"reward \d\.\d{3}, sampled length \d+\.\d, .* distinct [\d.]+%, bad endings [\d.]+%, ", text)
+    assert re.search(
+        r"reward \d\.\d{3}, sampled length \d+\.\d, .* distinct captions [\d.]+%, incomplete captions [\d.]+%, ", text
+    )
 
 
 def test_the_vocabulary_is_that_of_the_model(first, tmp_path):
