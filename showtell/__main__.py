@@ -290,22 +290,25 @@ def _write_gallery(path: str, done: list, score_name: str, made_by: str) -> None
 
 
 def _export(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_images, find_model
+    from showtell.captioner import find_images, find_model, model_name
     from showtell.checkpoint import load_checkpoint, save_checkpoint
     from showtell.legacy import export_legacy
 
     if args.int8 != bool(args.calibrate) or (args.int8 and args.format != "onnx"):
         raise UserError("--int8 and --calibrate go together, with --format onnx; give both, or neither")
     images = find_images([args.calibrate]) if args.int8 else []
-    checkpoint = load_checkpoint(find_model(args.model))
+    path = find_model(args.model)
+    default = f"{model_name(path).replace('/', '-')}-{args.format}" + (".safetensors" if args.format == "half" else "")
+    out = args.out or default
+    checkpoint = load_checkpoint(path)
     if args.format == "half":
-        save_checkpoint(args.out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
+        save_checkpoint(out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
     if args.format == "onnx":
         from showtell.onnx_export import export_onnx
 
-        lines = export_onnx(checkpoint, args.out, images)
+        lines = export_onnx(checkpoint, out, images)
     else:
-        lines = [args.out] if args.format == "half" else export_legacy(checkpoint, args.out)
+        lines = [out] if args.format == "half" else export_legacy(checkpoint, out)
     for line in lines:
         print_text(str(line))
     return 0

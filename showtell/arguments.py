@@ -118,11 +118,12 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     export = add("export", "write a model for sharing: in half the size, or as other repositories' files")
     _add_model(export)
     export.add_argument(
-        "--format", choices=["half", "legacy", "onnx"], required=True,
-        help="half: one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of Show and Tell; "
-        "onnx: a folder that ONNX Runtime runs without torch",
+        "--format", choices=["half", "legacy", "onnx"], default="half",
+        help="half (default): one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of Show and "
+        "Tell; onnx: a folder that ONNX Runtime runs without torch",
     )  # fmt: skip
-    export.add_argument("--out", required=True, metavar="FILE|DIR")
+    summary = "what to write (default: NAME-half.safetensors, NAME-legacy or NAME-onnx in this folder)"
+    export.add_argument("--out", metavar="FILE|DIR", help=summary)
     export.add_argument("--int8", action="store_true", help="with onnx: a faster encoder, calibrated on images")
     export.add_argument("--calibrate", metavar="FOLDER", help="images like those to be captioned, for --int8")
 

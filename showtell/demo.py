@@ -65,7 +65,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
     constant = best_constant(trainer.train_set, [scene for scene, *_ in seen])
     rates = {"seen": _rate(seen), "unseen": _rate(unseen), "constant": constant}
 
-    curve, _ = curves(history)
+    curve, _, rate = curves(history)
     cards_seen = [_card(*row, f"seen {i}") for i, row in enumerate(seen)]
     cards_unseen = [_card(*row, f"unseen {i}") for i, row in enumerate(unseen)]
     page = write_page(
@@ -85,6 +85,7 @@ def run(out: str = "runs/demo", seed: int = 0, device: str = "cpu", n_train: int
             Gallery("Combinations seen in training", cards_seen),
             Gallery("Combinations not seen in training", cards_unseen),
             curve,
+            rate,
         ],
     )
     figure = write_figure(folder / "demo.png", _mixed(cards_seen, 8), curve, "showtell demo")

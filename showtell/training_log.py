@@ -108,14 +108,15 @@ class TrainingLog:
         if not self.quiet:
             tqdm.write(line)
         if self.board:
+            self.board.add_scalar("lr", record["lr"], record["epoch"])
             for name in ("train_loss", "val_loss", "val_perplexity"):
                 self.board.add_scalar(name.replace("_", "/", 1), record[name], record["epoch"])
             for name, value in record["scores"].items():
                 self.board.add_scalar(f"val/{name}", value, record["epoch"])
 
 
-def curves(history: Sequence[dict]) -> tuple[Curve, Curve]:
-    """Return the loss and the perplexity of every epoch, training and validation."""
+def curves(history: Sequence[dict]) -> tuple[Curve, Curve, Curve]:
+    """Return the loss and the perplexity of every epoch, training and validation, and the learning rate at its end."""
 
     def series(kind: str) -> dict[str, list[tuple[float, float]]]:
         return {
@@ -124,7 +125,9 @@ def curves(history: Sequence[dict]) -> tuple[Curve, Curve]:
         }
 
     loss = Curve("Loss", series("loss"), "epoch", "nats per word")
-    return loss, Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True)
+    rate = {"": [(record["epoch"], record["lr"]) for record in history]}
+    ppl = Curve("Perplexity", series("perplexity"), "epoch", "perplexity", log_y=True)
+    return loss, ppl, Curve("Learning rate", rate, "epoch", "at the end of the epoch")
 
 
 def draw_curve(path: str | os.PathLike, history: Sequence[dict]) -> None:

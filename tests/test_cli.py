@@ -226,7 +226,7 @@ def test_every_command_has_a_short_help(command, capsys):
         (["evaluate", "--model", "/dev/zero"], ["/dev/zero is no regular file", "give a checkpoint"]),
         (["export", "--model", "/dev/zero", "--format", "half", "--out", "m"], ["/dev/zero is no regular file"]),
         (["score", "r.json", "absent.json"], ["no file at absent.json", "check the folder"]),
-        (["export", "--format", "legacy"], ["--out", "showtell export --help"]),
+        (["export", "--format", "old"], ["invalid choice: 'old'", "showtell export --help"]),
         (["import-legacy", "e.pkl", "d.pkl", "v.pkl", "--out", "m.safetensors"], ["no vocabulary at v.pkl"]),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else None,
@@ -946,7 +946,9 @@ def test_a_model_is_halved_for_sharing(tmp_path, done, images):
     model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
     whole, half = tmp_path / "whole.safetensors", tmp_path / "models" / "half.safetensors"
     save_checkpoint(whole, model, VOCAB, IMAGENET, {"epoch": 3})
-    assert done(["export", "--model", str(whole), "--format", "half", "--out", str(half)]).out == f"{half}\n"
+    assert done(["export", "--model", str(whole), "--out", str(half)]).out == f"{half}\n"
+    assert done(["export", "--model", str(whole)]).out == "whole-half.safetensors\n"
+    assert Path("whole-half.safetensors").read_bytes() == half.read_bytes()
     assert half.stat().st_size < 0.55 * whole.stat().st_size
     captioners = [load(path, "cpu") for path in (whole, half)]
     assert captioners[1].meta == {"epoch": 3}

@@ -1227,6 +1227,7 @@ def test_tensorboard(tmp_path, no_curve):
         losses(tmp_path)[: len(trainer.loader)]
     )
     assert {event.step for event in events.Scalars("train/loss")} >= set(range(1, 2 * len(trainer.loader) + 1))
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([r["lr"] for r in history])
     assert [e.value for e in events.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in history])
     assert [e.value for e in events.Scalars("val/CIDEr")] == pytest.approx([r["scores"]["CIDEr"] for r in history])
 
