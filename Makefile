@@ -8,12 +8,13 @@ PYTEST = $(PYTHON) -m pytest --timeout 300 --tidy -n auto --maxprocesses 4 --dis
 # Waiting torch threads sleep instead of spinning: ten times faster on a busy machine.
 export GOMP_SPINCOUNT ?= 3000
 
-.PHONY: help demo test test-all benchmark lint format
+.PHONY: help demo test test-all docs benchmark lint format
 
 help:
 	@echo "make demo        trains a captioner on drawn shapes in under three minutes and writes runs/demo/index.html"
 	@echo "make test        all tests except the slow ones"
 	@echo "make test-all    all tests"
+	@echo "make docs        the documentation as a site in build/docs; a warning is an error"
 	@echo "make benchmark   all scripts in benchmarks/"
 	@echo "make lint        rules, formatting and package layers: reports, changes nothing"
 	@echo "make format      formats the code and fixes what ruff can fix"
@@ -29,6 +30,11 @@ test:
 test-all:
 	$(READY)
 	@$(PYTEST) $(ARGS)
+
+docs:
+	$(READY)
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet $(ARGS)
+	@echo "build/docs/index.html"
 
 benchmark:
 	$(READY)

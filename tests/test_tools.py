@@ -7,7 +7,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -35,6 +35,18 @@ def tool(name: str) -> ModuleType:
 def test_every_tool_is_tested():
     tested = set(re.findall(r'tool\("(\w+)"\)', Path(__file__).read_text("utf-8")))
     assert tested == {path.stem for path in (ROOT / "tools").glob("*.py")}
+
+
+def test_the_site_has_a_list_for_the_diagram_and_links_of_its_own():
+    pytest.importorskip("mkdocs")
+    hook = tool("documentation")
+    diagram = 'A\n```mermaid\nflowchart TB\n    a["<b>base</b><br>__main__ · b<br>c"]\n```\nB'
+    assert hook.on_page_markdown(diagram) == "A\n- **base**: `__main__` · `b` · `c`\nB"
+    notebook, page = (SimpleNamespace(file=SimpleNamespace(src_uri=name)) for name in ("0_Dataset.ipynb", "README.md"))
+    markup = '<a href="docs/training.md#ema">a</a><a href="model.py">b</a><script>\nx</script>'
+    expected = '<a href="docs/training.html#ema">a</a><a href="docs/api.html#showtell.model">b</a>'
+    assert hook.on_page_content(markup, notebook) == expected
+    assert hook.on_page_content(markup, page) == markup
 
 
 def save_model(path: Path, words: list[str], seed: int) -> dict[str, torch.Tensor]:
