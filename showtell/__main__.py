@@ -140,7 +140,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     _check_outputs([args.html], args.out)
     result = evaluate(
         args.model, args.dataset, args.data_dir, args.split, args.beam_size, device=_device(args), limit=args.limit,
-        out=args.out, html=args.html, spice=args.spice, seed=args.seed, precision=args.precision,
+        out=args.out, html=args.html, spice=args.spice, seed=args.seed, precision=args.precision, style=args.style,
     )  # fmt: skip
     print_text(json_text(result.to_json()) if args.json else result.table())
     return 0
@@ -239,7 +239,7 @@ def _caption(args: argparse.Namespace) -> int:
 
 def _decoding(args: argparse.Namespace) -> dict[str, object]:
     """The decoding options given as flags, refusing those that cannot act together."""
-    names = "n_best beam_size temperature top_k top_p min_len max_len length_penalty no_repeat_ngram".split()
+    names = "n_best beam_size temperature top_k top_p min_len max_len length_penalty no_repeat_ngram style".split()
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.sample and "beam_size" in given:
         raise UserError("--sample does not search and has no --beam-size; leave one of them out")

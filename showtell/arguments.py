@@ -188,6 +188,8 @@ def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
     if precision:
         summary = f"float32 (exact), bfloat16 (faster), or auto: bfloat16 where it is faster (default {precision})"
         parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)
+        summary = "style of the captions, of a model trained with several (condition_on_source)"
+        parser.add_argument("--style", metavar="NAME", help=summary)
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

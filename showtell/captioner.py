@@ -150,7 +150,8 @@ class Captioner:
             alphas: whether to return the attention maps.
             grid: rows and columns of the attention maps; needed with `alphas` if the transform keeps an image's
                 proportions, since features do not tell them.
-            options: `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`; see `DecodingOptions`.
+            options: `style`, one of `vocab.styles` (the first by default), if the model was trained with them;
+                `min_len`, `max_len`, `no_repeat_ngram`, `length_penalty`, `allow_unk`, see `DecodingOptions`.
 
         Arguments out of range, a missing grid and a model whose outputs are not finite raise a `UserError`.
         """
@@ -167,8 +168,10 @@ class Captioner:
         """Draw `n` captions per image: `decode(features, "sample", n_best=n, …)`."""
         return self.decode(features, "sample", n_best=n, **options)
 
-    def decoding_options(self, **options: float) -> DecodingOptions:
+    def decoding_options(self, style: str | None = None, **options: float) -> DecodingOptions:
         """Return `options` for this vocabulary; length penalty and maximum length default to those of validation."""
+        if style is not None:
+            options["start_id"] = self.vocab.start_of(style)
         recipe = self.meta.get("recipe") or {}
         validated = {name: recipe[name] for name in ("length_penalty", "max_len") if name in recipe}
         return DecodingOptions.of(self.vocab, **(validated | options))

@@ -245,8 +245,8 @@ class _Uninitialised(TorchFunctionMode):
 def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike, opened: Checkpoint | None = None) -> int:
     """Initialise a new model from a checkpoint; embedding and classifier rows are remapped by word.
 
-    The architectures must be the same, except for vocabulary and dropout. `opened` is the checkpoint at `path`, if it
-    has been loaded already.
+    The architectures must be the same, except for vocabulary and dropout. The start word of a new style begins as a
+    copy of the checkpoint's default one. `opened` is the checkpoint at `path`, if it has been loaded already.
 
     Returns:
         The number of words of the new vocabulary that the checkpoint has too; the others stay randomly initialised.
@@ -264,7 +264,8 @@ def start_from(model: CaptionModel, vocab: Vocabulary, path: str | PathLike, ope
                 given = f"{path} was built with {half} {name}={theirs.get(name)} and the new model with {name}={value}"
                 raise UserError(f"{given}; both must have the same architecture, so train with its recipe and settings")
     pairs = [(i, other.vocab.word2idx[word]) for word, i in vocab.word2idx.items() if word in other.vocab.word2idx]
-    here, there = (torch.tensor(side) for side in zip(*pairs, strict=True))
+    starts = [(i, other.vocab.start_of()) for style, i in vocab.styles.items() if style not in other.vocab.styles]
+    here, there = (torch.tensor(side) for side in zip(*pairs, *starts, strict=True))
     word_parameters = {f"decoder.{name}" for name in model.decoder.word_parameters}
     own = model.state_dict()
     for name, tensor in other.model.state_dict().items():

@@ -85,7 +85,8 @@ class CaptionDataset(Dataset):
         self.captions_per_image = captions_per_image if mode == "train" else 0
         self.use_features(None)
         self._mirror_word = {i: vocab(m) for word, i in vocab.word2idx.items() if (m := mirror_caption(word)) != word}
-        encoded = [vocab.encode(text) for texts in caption_set.captions for text in texts]
+        groups = zip(vocab.starts_of(caption_set.styles), caption_set.captions, strict=True)
+        encoded = [[start, *vocab.encode(text)[1:]] for start, texts in groups for text in texts]
         self.n_cut = sum(len(ids) > MAX_WORDS + 2 for ids in encoded)
         encoded = [cut_caption(ids) for ids in encoded]
         self._ids = np.fromiter((i for ids in encoded for i in ids), np.int32)
@@ -115,7 +116,7 @@ class CaptionDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def caption_ids(self, n: int) -> Tensor:
-        """Return caption number `n` as `[<start>, …, <end>]`."""
+        """Return caption number `n` as `[<start>, …, <end>]`, or with the start word of its style."""
         start = self._ends[n - 1] if n else 0
         return torch.from_numpy(self._ids[start : self._ends[n]].astype(np.int64))
 
@@ -148,7 +149,8 @@ class CaptionDataset(Dataset):
     def _caption(self, n: int, flipped: bool) -> Tensor:
         ids = self.caption_ids(n)
         if flipped:  # objects on the left are now on the right
-            ids = torch.tensor([self._mirror_word.get(word, word) for word in ids.tolist()])
+            first, *words = ids.tolist()
+            ids = torch.tensor([first, *(self._mirror_word.get(word, word) for word in words)])
         return ids
 
     def _image(self, image_index: int, key: tuple, flipped: bool) -> Tensor:

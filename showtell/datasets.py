@@ -41,9 +41,11 @@ class CaptionSet:
     folder: str | os.PathLike = ""
     missing: list[str] = field(default_factory=list)  # listed files that do not exist; their images are left out
     empty: int = 0  # how many empty captions were dropped
+    styles: list[str] = field(default_factory=list)  # the name of the data set that each image is from
 
     def __post_init__(self):
         self.folder = os.fspath(self.folder)
+        self.styles = self.styles or [self.name] * len(self)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -82,12 +84,13 @@ class CaptionSet:
         return self._of(sorted(sorted(range(len(self)), key=draws.__getitem__)[:n]))
 
     def _of(self, chosen: Sequence[int]) -> CaptionSet:
-        parts = ([values[i] for i in chosen] for values in (self.image_ids, self.captions, self.files))
-        return CaptionSet(self.name, self.split, *parts, self.folder, self.missing, self.empty)
+        lists = (self.image_ids, self.captions, self.files, self.styles)
+        ids, captions, files, styles = ([values[i] for i in chosen] for values in lists)
+        return CaptionSet(self.name, self.split, ids, captions, files, self.folder, self.missing, self.empty, styles)
 
 
-def join(sets: Sequence[CaptionSet]) -> CaptionSet:
-    """Join several sets of files, in their order; no two may have an image id in common."""
+def join(sets: Sequence[CaptionSet], styles: Sequence[str] = ()) -> CaptionSet:
+    """Join several sets of files, in their order, with a style each; no two may have an image id in common."""
     if drawn := next((caption_set.name for caption_set in sets if not caption_set.files), None):
         raise UserError(f"the data set {drawn} is drawn and has no files to join with others; export it as COCO first")
     ids = [image_id for caption_set in sets for image_id in caption_set.image_ids]
@@ -98,7 +101,9 @@ def join(sets: Sequence[CaptionSet]) -> CaptionSet:
     paths = [path for caption_set in sets for path in caption_set.sources()]
     missing = [path for caption_set in sets for path in caption_set.missing]
     empty = sum(caption_set.empty for caption_set in sets)
-    return CaptionSet(name, sets[0].split, ids, captions, paths, missing=missing, empty=empty)
+    styles = styles or [caption_set.name for caption_set in sets]
+    styles = [style for style, caption_set in zip(styles, sets, strict=True) for _ in range(len(caption_set))]
+    return CaptionSet(name, sets[0].split, ids, captions, paths, missing=missing, empty=empty, styles=styles)
 
 
 class SyntheticSet(CaptionSet):
@@ -150,7 +155,8 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
     """Open a split of a data set.
 
     Args:
-        name: A name in `READERS`; or several, `flickr8k,coco`, joined.
+        name: A name in `READERS`; or several, `flickr8k,coco`, joined. The style of an image is the name of its reader;
+            where several have the same reader, of its folder.
         data_dir: The data set's folder (`synthetic` needs none); of several, as many: `data/flickr8k,data/coco`.
         split: `train`, `val` or, where the data set has it, `test` (`synthetic` also has `unseen`).
         options: The reader's own, see `read_coco` and the others. All that read files take `max_missing`, how many
@@ -163,7 +169,9 @@ def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "tra
         if len(names) != len(folders):
             given = f"{len(names)} data sets ({name}) were given with {len(folders)} folders ({data_dir})"
             raise UserError(f"{given}; give a folder for each, in the same order, with commas between them")
-        return join([load(one, folder, split, **options) for one, folder in zip(names, folders, strict=True)])
+        sets = [load(one, folder, split, **options) for one, folder in zip(names, folders, strict=True)]
+        pairs = zip(names, folders, strict=True)
+        return join(sets, [Path(folder).name if names.count(one) > 1 else one for one, folder in pairs])
     if name not in READERS:
         raise UserError(f"there is no data set {name!r}; choose one of {', '.join(READERS)}")
     reader = READERS[name]

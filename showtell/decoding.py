@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from showtell.arrays import (
@@ -59,14 +59,15 @@ class DecodingOptions:
     """Constraints on captions, and the length normalisation of their scores.
 
     Attributes:
-        banned: ids that are never generated: `<start>`, and `<unk>` unless it is allowed.
+        start_id: the word that captions begin with; several, one per image.
+        banned: ids that are never generated: start words, and `<unk>` unless it is allowed.
         min_len: the minimum number of words.
         max_len: the maximum number of words; `<end>` is forced after them.
         no_repeat_ngram: n-grams of this size occur at most once; 0 disables.
         length_penalty: alpha in `sum of log-probabilities / length ** alpha`, `<end>` counted; 0 favours short ones.
     """
 
-    start_id: int = 0
+    start_id: int | tuple[int, ...] = 0
     end_id: int = 1
     banned: tuple[int, ...] = (0, 2)
     min_len: int = 0
@@ -85,9 +86,20 @@ class DecodingOptions:
     @classmethod
     def of(cls, vocab: Vocabulary, allow_unk: bool = False, **options: float) -> DecodingOptions:
         """Return the options for a vocabulary's special words; `options` are the other attributes."""
-        special = {vocab.start_id, vocab("<pad>") if "<pad>" in vocab else vocab.start_id}
+        special = {vocab.start_id, vocab("<pad>") if "<pad>" in vocab else vocab.start_id, *vocab.styles.values()}
         banned = special if allow_unk else special | {vocab.unk_id}
-        return cls(vocab.start_id, vocab.end_id, tuple(sorted(banned)), **options)
+        given = {"start_id": vocab.start_of(), "end_id": vocab.end_id, "banned": tuple(sorted(banned))}
+        return cls(**(given | options))
+
+    def beginning_as(self, captions: Array) -> DecodingOptions:
+        """Return options with which each image's captions begin with the first word of its captions `(B, K, T)`."""
+        return replace(self, start_id=tuple(captions[:, 0, 0].tolist()))
+
+    def first_words(self, features: Array, k: int) -> Array:
+        """Return the first word of k captions per image, `(B*k,)`."""
+        if isinstance(self.start_id, int):
+            return full((features.shape[0] * k,), self.start_id, features)
+        return repeat_rows((integers(self.start_id, features),), k)[0]
 
     def score(self, log_probs: list[float]) -> float:
         """Return the length-normalised score of a finished caption."""
@@ -176,7 +188,7 @@ def roll_out(
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
     n = features.shape[0] * k
-    words = full((n,), options.start_id, features)
+    words = options.first_words(features, k)
     history = full((n, 0), 0, features)  # (N, t)
     log_probs, alphas = [], []
     open_rows = full((n,), True, features)
@@ -224,7 +236,7 @@ def beam_search(
     b, k = features.shape[0], beam_size
     memory, state = decoder.start(features)
     state = repeat_rows(state, k)
-    words = full((b * k,), options.start_id, features)
+    words = options.first_words(features, k)
     xp = library(words)
     history = full((b * k, 0), 0, features)  # (N, t)
     word_log_probs = full((b * k, 0), 0.0, features)

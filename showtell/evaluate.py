@@ -72,11 +72,12 @@ def write_captions(
     samples: CaptionDataset = loader.dataset
     found: list[Hypothesis] = []
     loader.broken.clear()  # an image that could not be read last time may be back
-    for images, _ in loader:
+    for images, captions in loader:
         if on_batch:
             on_batch()
         features = model.encoder(images.to(device))
-        found += [best for (best,) in decode(model.decoder, features, options=options, beam_size=beam_size)]
+        own = options.beginning_as(captions)
+        found += [best for (best,) in decode(model.decoder, features, options=own, beam_size=beam_size)]
     caption_set = samples.caption_set
     ids = [str(name) for i, name in enumerate(caption_set.image_ids) if str(caption_set.path(i)) not in loader.broken]
     return dict(zip(ids, found, strict=True))
@@ -125,6 +126,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     precision: str = "float32",
+    style: str | None = None,
 ) -> Evaluation:
     """Caption every image of a split, score the captions, and write `captions.json` in COCO's results format.
 
@@ -139,6 +141,8 @@ def evaluate(
         spice: whether to compute SPICE, which needs Java and downloads a large file once.
         seed: random seed of `limit` and of the intervals. progress: whether to show a bar.
         precision: as in `showtell.load`; in float32, scores are the same on every machine.
+        style: of the captions, if the model has styles; by default that of each image's data set, see
+            `showtell.datasets.load`, or the model's first.
 
     Raises:
         UserError: model or data cannot be used, or the data have no captions to score against.
@@ -150,7 +154,7 @@ def evaluate(
     caption_set = dataset if isinstance(dataset, CaptionSet) else datasets.load(dataset, data_dir, split)
     if limit:
         caption_set = caption_set.subset(limit, seed)
-    captions, nll, words = _caption_images(captioner, caption_set, beam_size, progress)
+    captions, nll, words = _caption_images(captioner, caption_set, beam_size, progress, style)
     if not captions:
         unread = f"none of the {len(caption_set)} images of {caption_set.name} {caption_set.split}"
         raise UserError(f"{unread} can be read; check the folder they are in")
@@ -163,7 +167,7 @@ def evaluate(
     options = {"training_captions": training, "spice": spice, "seed": seed}
     (result,) = scoring.score_captions(references, {name: texts}, **options)
     about = {"model": ",".join(map(str, paths)), "dataset": caption_set.name, "split": caption_set.split}
-    about |= {"images": len(captions), "beam_size": beam_size}
+    about |= {"images": len(captions), "beam_size": beam_size} | ({"style": style} if style else {})
     beside = Path("runs") if len(paths) > 1 or is_released(paths[0]) else paths[0].parent
     folder = Path(out) if out else beside / f"{name}-{caption_set.name}-{caption_set.split}"
     ids = {str(i): i for i in caption_set.image_ids}
@@ -234,10 +238,13 @@ def calibrate(
 
 @torch.no_grad()
 def _caption_images(
-    captioner: Captioner, caption_set: CaptionSet, beam_size: int, progress: bool
+    captioner: Captioner, caption_set: CaptionSet, beam_size: int, progress: bool, style: str | None = None
 ) -> tuple[dict[str, Caption], float, int]:
     """Return captions of the readable images by id, and negative log-likelihood and number of the true words."""
-    encoded = [[captioner.vocab.encode(text) for text in texts] for texts in caption_set.captions]
+    vocab, styles = captioner.vocab, caption_set.styles
+    starts = [vocab.start_of(style)] * len(styles) if style else vocab.starts_of(styles)
+    groups = zip(starts, caption_set.captions, strict=True)
+    encoded = [[[start, *vocab.encode(text)[1:]] for text in texts] for start, texts in groups]
     if n_cut := sum(len(ids) > MAX_WORDS + 2 for own in encoded for ids in own):
         warnings.warn(f"{n_cut} true captions have over {MAX_WORDS} words and are cut for the perplexity", stacklevel=3)
     captions, nll, words = {}, 0.0, 0
@@ -252,7 +259,9 @@ def _caption_images(
                 targets = pad_captions(true).to(captioner.device)
                 loss = caption_loss(captioner.model.decoder(features, targets.flatten(0, -2)), targets)
                 nll, words = nll + loss.nll.item(), words + int(loss.words)
-                for image, (best,) in zip(images, captioner.decode(features, beam_size=beam_size), strict=True):
+                first = tuple(starts[image.index] for image in images)
+                found = captioner.decode(features, beam_size=beam_size, start_id=first)
+                for image, (best,) in zip(images, found, strict=True):
                     captions[str(caption_set.image_ids[image.index])] = best
             bar.update(len(batch))
     return captions, nll, words

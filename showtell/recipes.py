@@ -40,6 +40,7 @@ class Recipe:
             resize the whole image to `resize` x `resize`.
         random_crop, flip: augmentation. With random crops, training cannot use cached features; flips need two caches.
         tokenizer, threshold: of the vocabulary.
+        condition_on_source: whether captions begin with a start word of their data set, whose style can then be chosen.
         group: the composition of a batch: captions of one `length`, or each `image` with all its captions, or, with
             `captions_per_image`, with that many of them, drawn again each epoch.
         batch_size: captions, or images, per step. epochs: passes over the data.
@@ -78,6 +79,7 @@ class Recipe:
     flip: bool = False
     tokenizer: str = DEFAULT_TOKENIZER
     threshold: int = 5
+    condition_on_source: bool = False
     group: str = "length"
     captions_per_image: int = 0
     batch_size: int = 80
@@ -188,8 +190,10 @@ class Recipe:
         }
         if self.objective == "cross-entropy":
             reasons |= dict.fromkeys(_SELF_CRITICAL, "objective is cross-entropy")
-        elif not self.xe_weight:
-            reasons |= dict.fromkeys(_CROSS_ENTROPY, "xe_weight is 0")
+        else:
+            reasons["condition_on_source"] = "self-critical training keeps the model's words, and its styles"
+            if not self.xe_weight:
+                reasons |= dict.fromkeys(_CROSS_ENTROPY, "xe_weight is 0")
         for name in set().union(*map(_arguments, DECODERS)) - accepted.keys():
             reasons[name] = f"the decoder {self.decoder} does not have it"
         return [

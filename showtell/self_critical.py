@@ -17,7 +17,7 @@ from torch import Tensor
 
 from showtell.data_loader import CaptionDataset, pad_captions
 from showtell.decoders import IGNORE, Decoder
-from showtell.decoding import DecodingOptions, Hypothesis, greedy, roll_out
+from showtell.decoding import DecodingOptions, greedy, roll_out
 from showtell.metrics import DocumentFrequencies, bleu, cider_d
 from showtell.model import Loss
 from showtell.recipes import Recipe
@@ -64,7 +64,7 @@ class SelfCritical:
             captions), their number, and the rewards.
         """
         recipe = self.recipe
-        captions = self._draw(features.detach())  # (B, K, T)
+        captions = self._draw(features.detach(), self.options.beginning_as(references))  # (B, K, T)
         rewards = self.reward(captions, references)  # (B, K)
         captions = captions.to(features.device)
         if recipe.baseline == "greedy":
@@ -80,7 +80,7 @@ class SelfCritical:
             loss = loss._replace(objective=objective)
         return loss
 
-    def _draw(self, features: Tensor) -> Tensor:
+    def _draw(self, features: Tensor, options: DecodingOptions) -> Tensor:
         """Sample K captions per image, `(B, K, T)`; for the greedy baseline, the greedy caption is one more."""
 
         def draw(allowed: Tensor) -> Tensor:
@@ -88,16 +88,16 @@ class SelfCritical:
 
         with torch.no_grad(), self.autocast():
             self.decoder.train(self.recipe.sample_with_dropout)
-            drawn = roll_out(self.decoder, features, self.recipe.samples_per_image, self.options, draw)
+            drawn = roll_out(self.decoder, features, self.recipe.samples_per_image, options, draw)
             if self.recipe.baseline == "greedy":
                 self.decoder.eval()
-                best = greedy(self.decoder, features, self.options)
+                best = greedy(self.decoder, features, options)
                 drawn = [[*own, found] for own, found in zip(drawn, best, strict=True)]
             self.decoder.train()
-        return pad_captions([[self._ids(hypothesis) for hypothesis in own] for own in drawn])
-
-    def _ids(self, hypothesis: Hypothesis) -> Tensor:
-        return torch.tensor([self.options.start_id, *hypothesis.ids, self.options.end_id])
+        starts = zip(options.start_id, drawn, strict=True)
+        return pad_captions(
+            [[torch.tensor([start, *found.ids, options.end_id]) for found in own] for start, own in starts]
+        )
 
     @staticmethod
     def _some(references: Tensor, n: int) -> Tensor:

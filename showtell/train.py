@@ -92,6 +92,8 @@ class Trainer:
         if run.subset:
             self.train_set = self.train_set.subset(run.subset, run.seed)
         self.vocab = Vocabulary.build(self.train_set.all_captions(), recipe.threshold, recipe.tokenizer)
+        if recipe.condition_on_source:
+            self.vocab.add_styles(self.train_set.styles)
         self_critical = recipe.objective == "self-critical"
         if self_critical and (not run.init or run.new_vocabulary):
             given = "self-critical training improves a trained model and keeps its words"

@@ -1,6 +1,7 @@
 """The vocabulary: words to ids and back, stored as plain lists that are read without executing anything.
 
-`<start>` = 0, `<end>` = 1, `<unk>` = 2, then the words in the order in which the training captions first use them.
+`<start>` = 0, `<end>` = 1, `<unk>` = 2, then the words in the order in which the training captions first use them, then
+the start words of styles, if any.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from showtell.tokenizer import DEFAULT_TOKENIZER, TOKENIZERS
 
 START, END, UNK = "<start>", "<end>", "<unk>"
 _SPECIALS = frozenset({START, END, UNK, "<pad>"})  # "<pad>" occurs only in vocabularies of other projects
+_STYLE = "<start:"  # the start word of a style is `<start:NAME>`
 _FORMAT = "showtell-vocabulary"
 _BUILD = "build one with Vocabulary.build(captions).save(…)"
 BUILT_FILE = Path("runs", "vocab.pkl")  # of the user: git ignores runs/
@@ -96,7 +98,7 @@ class Vocabulary:
         for caption in captions:
             counts.update(vocab.tokenize(caption))
         for word, count in counts.items():
-            if count >= threshold:
+            if count >= threshold and not word.startswith(_STYLE):
                 vocab.add_word(word)
         return vocab
 
@@ -129,7 +131,7 @@ class Vocabulary:
                 f"{len(wordless):,} of {n_captions:,} captions have no words for the tokeniser {self.tokenizer!r} (the "
                 f"first is {wordless[0][:60]!r}); remove or correct them, or choose another tokeniser"
             )
-        size = len(self.word2idx.keys() - _SPECIALS)
+        size = sum(not _is_special(word) for word in self.word2idx)
         mean = n_words / max(1, n_captions - len(wordless))
         if n_words and (size < 10 or n_unknown > 0.1 * n_words or mean < 2):
             found.append(
@@ -144,6 +146,35 @@ class Vocabulary:
         i = self.word2idx.setdefault(word, len(self.word2idx))
         self.idx2word[i] = word
         return i
+
+    @property
+    def styles(self) -> dict[str, int]:
+        """The styles in which captions can begin, by name: the ids of their start words, in the order of training."""
+        return {word[len(_STYLE) : -1]: i for word, i in self.word2idx.items() if word.startswith(_STYLE)}
+
+    def add_styles(self, names: Iterable[str]) -> None:
+        """Add a start word `<start:NAME>` for each style, by convention the name of a data set."""
+        for name in dict.fromkeys(names):
+            self.add_word(f"{_STYLE}{name}>")
+
+    def start_of(self, style: str | None = None) -> int:
+        """Return the id of a style's start word, by default the first style's; without styles, that of `<start>`.
+
+        Raises:
+            UserError: there is no such style.
+        """
+        styles = self.styles
+        if style is None:
+            return next(iter(styles.values()), self.start_id)
+        if style not in styles:
+            known = f"choose one of {', '.join(styles)}" if styles else "leave it out, because the model has none"
+            raise UserError(f"the model has no style {style!r}; {known}")
+        return styles[style]
+
+    def starts_of(self, styles: Sequence[str]) -> list[int]:
+        """Return the id of the start word of each style; that of the default for one that the model has not."""
+        known, default = self.styles, self.start_of()
+        return [known.get(style, default) for style in styles]
 
     def __call__(self, word: str) -> int:
         """Return the id of `word`, or that of `<unk>`."""
@@ -169,7 +200,7 @@ class Vocabulary:
 
     def encode(self, caption: str) -> list[int]:
         """Return `[<start>, word ids…, <end>]`; special words inside the caption's text become `<unk>`."""
-        words = ("" if word in _SPECIALS else word for word in self.tokenize(caption))
+        words = ("" if _is_special(word) else word for word in self.tokenize(caption))
         return [self.start_id, *map(self, words), self.end_id]
 
     def words(self, ids: Iterable[int]) -> list[str]:
@@ -180,7 +211,7 @@ class Vocabulary:
                 break
             if i not in self.idx2word:
                 raise UserError(f"the id {i} is not in this vocabulary of {len(self)} words; ids run from 0")
-            if self.idx2word[i] not in _SPECIALS:
+            if not _is_special(self.idx2word[i]):
                 words.append(self.idx2word[i])
         return words
 
@@ -242,6 +273,10 @@ class Vocabulary:
             return cls(words, threshold if isinstance(threshold, int) else None, tokenizer)
         except UserError as error:
             raise UserError(f"{path} cannot be used: {error}") from None
+
+
+def _is_special(word: str) -> bool:
+    return word in _SPECIALS or word.startswith(_STYLE)
 
 
 def build_file(
