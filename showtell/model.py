@@ -6,6 +6,8 @@ D feature size, E embedding size, T caption length with <start> and <end>, V voc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import chain
 from os import PathLike
 from typing import NamedTuple
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 from showtell.backbones import Backbone
 from showtell.decoders import IGNORE, Decoder, find_decoder
+from showtell.errors import UserError
+from showtell.vocabulary import Vocabulary
 
 
 class EncoderCNN(nn.Module):
@@ -117,21 +121,53 @@ class Loss(NamedTuple):
     rewards: Tensor | None = None
 
 
-def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0) -> Loss:
+def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None) -> Loss:
     """Compute the cross-entropy of teacher-forced logits, padding excluded.
 
     Args:
         logits: `(N, T, V)` or `(N, T-1, V)`; only the last T-1 steps are used, those that predict a word.
         captions: `(N, T)` or `(B, K, T)`, beginning with `<start>`, padded with `IGNORE`.
         label_smoothing: the part of the target that is spread over all words (Szegedy et al. 2016, arXiv 1512.00567).
+        weights: of the captions in the objective, by their first word, `(V,)`.
     """
     targets = captions.flatten(0, -2)[:, 1:]  # (N, T-1)
     real = targets != IGNORE
     log_probs = logits[:, -targets.shape[1] :][real].float().log_softmax(-1)  # (words, V)
-    objective = nll = -log_probs.gather(1, targets[real].unsqueeze(1)).sum()
+    true = log_probs.gather(1, targets[real].unsqueeze(1)).squeeze(1)  # (words,)
+    own = 1 if weights is None else weights[captions.flatten(0, -2)[:, 0].clamp(min=0)].repeat_interleave(real.sum(1))
+    nll, objective = -true.sum(), -(own * true).sum()
     if label_smoothing:
-        objective = (1 - label_smoothing) * nll - label_smoothing * log_probs.mean(-1).sum()
+        objective = (1 - label_smoothing) * objective - label_smoothing * (own * log_probs.mean(-1)).sum()
     return Loss(objective, nll.detach(), real.sum())
+
+
+def source_weights(
+    vocab: Vocabulary, styles: Sequence[str], weights: str, device: torch.device | None = None
+) -> Tensor | None:
+    """Return the weights of captions by their first word, `(V,)`, or None if there are none.
+
+    Args:
+        vocab: with the start words of the styles. styles: of the training images, in the order of their data sets.
+        weights: a number for each data set, such as `1,1,0.5`.
+
+    Raises:
+        UserError: something else than one number of 0 or more for each data set, or the vocabulary has no styles.
+    """
+    if not weights:
+        return None
+    names = list(dict.fromkeys(styles))
+    table = torch.ones(len(vocab))
+    try:
+        numbers = [float(number) for number in weights.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(names) or not all(0 <= number < math.inf for number in numbers):
+        accepted = f"give {len(names)} numbers of 0 or more, for {', '.join(names)}"
+        raise UserError(f"source_weights={weights} are not the weights of the data sets; {accepted}")
+    if not vocab.styles:
+        raise UserError("source_weights needs the start words of the data sets; add condition_on_source=true")
+    table[vocab.starts_of(names)] = torch.tensor(numbers)
+    return table.to(device)
 
 
 def drop_words(captions: Tensor, rate: float, unk_id: int) -> Tensor:

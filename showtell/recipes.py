@@ -19,7 +19,9 @@ _MAY_BE_ZERO = (
 )  # fmt: skip
 # Settings that act in self-critical training only, and settings of the cross-entropy, which it may leave out.
 _SELF_CRITICAL = ("samples_per_image", "baseline", "sample_with_dropout", "bleu_weight", "xe_weight")
-_CROSS_ENTROPY = ("word_dropout", "scheduled_sampling", "captions_per_image", "label_smoothing", "attention_cost")
+_CROSS_ENTROPY = (
+    "word_dropout", "scheduled_sampling", "captions_per_image", "label_smoothing", "attention_cost", "source_weights",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Recipe:
         random_crop, flip: augmentation. With random crops, training cannot use cached features; flips need two caches.
         tokenizer, threshold: of the vocabulary.
         condition_on_source: whether captions begin with a start word of their data set, whose style can then be chosen.
+        source_weights: of the cross-entropy of each data set's captions, in their order: `1,1,0.5`; with start words.
         group: the composition of a batch: captions of one `length`, or each `image` with all its captions, or, with
             `captions_per_image`, with that many of them, drawn again each epoch.
         batch_size: captions, or images, per step. epochs: passes over the data.
@@ -80,6 +83,7 @@ class Recipe:
     tokenizer: str = DEFAULT_TOKENIZER
     threshold: int = 5
     condition_on_source: bool = False
+    source_weights: str = ""
     group: str = "length"
     captions_per_image: int = 0
     batch_size: int = 80

@@ -43,6 +43,7 @@ from showtell.model import (
     doubly_stochastic_penalty,
     drop_words,
     feed_predictions,
+    source_weights,
 )
 from showtell.recipes import Recipe
 from showtell.run import Run, damaged, digest_of_data, generator_states, read_run, seed_everything, set_generator_states
@@ -114,6 +115,7 @@ class Trainer:
             start_from(self.model, self.vocab, run.init, init)
         self.model.encoder.backbone.fine_tune(recipe.layers_to_train())
         self.model.to(self.device)
+        self.weights = source_weights(self.vocab, self.train_set.styles, recipe.source_weights, self.device)
         frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # which the average shares
         self.average = copy.deepcopy(self.model, frozen) if recipe.ema else self.model
         self._make_loaders()
@@ -348,7 +350,7 @@ class Trainer:
                 rate = recipe.scheduled_sampling * self.scheduler.last_epoch / max(1, self.total_steps - 1)
                 words = feed_predictions(self.model.decoder, features, words, rate)
             logits, alphas = self.model.decoder.teacher_force(features, words.flatten(0, -2))
-        loss = caption_loss(logits, captions, recipe.label_smoothing)
+        loss = caption_loss(logits, captions, recipe.label_smoothing, self.weights)
         objective = loss.objective / loss.words
         if recipe.attention_cost and alphas is not None:
             objective = objective + recipe.attention_cost * doubly_stochastic_penalty(alphas, captions)

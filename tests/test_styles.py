@@ -14,13 +14,13 @@ from test_train import SMALL, assert_same_run, no_curve, one_thread, stop_at, tr
 from showtell import datasets, load
 from showtell.__main__ import main
 from showtell.checkpoint import load_checkpoint, save_checkpoint
-from showtell.data_loader import CaptionDataset
+from showtell.data_loader import CaptionDataset, pad_captions
 from showtell.datasets import CaptionSet
 from showtell.decoders import DECODERS
 from showtell.decoding import DecodingOptions, decode
 from showtell.errors import UserError
 from showtell.evaluate import evaluate
-from showtell.model import CaptionModel
+from showtell.model import CaptionModel, caption_loss, source_weights
 from showtell.train import Trainer
 from showtell.vocabulary import Vocabulary
 
@@ -223,3 +223,47 @@ def test_a_model_with_styles_runs_in_onnx_runtime(model, folders, tmp_path, caps
         "Red",
         "This image is blue everywhere",
     ]
+
+
+def test_the_loss_of_a_caption_is_multiplied_by_the_weight_of_its_data_set(folders):
+    joined = opened(folders)
+    vocab = Vocabulary.build(joined.all_captions(), 1)
+    vocab.add_styles(joined.styles)
+    weights = source_weights(vocab, joined.styles, "1,0.25")
+    captions = pad_captions(
+        [[torch.tensor([vocab.styles[name], 3, 4, 1])] * n for name, n in zip(WORDING, (2, 1), strict=True)]
+    )
+    logits = torch.randn(4, 3, len(vocab))
+    for smoothing in (0, 0.1):
+        parts = [caption_loss(logits[[i]], captions.flatten(0, 1)[[i]], smoothing).objective for i in range(3)]
+        loss = caption_loss(logits, captions, smoothing, weights)
+        torch.testing.assert_close(loss.objective, parts[0] + parts[1] + 0.25 * parts[2])
+        plain = caption_loss(logits, captions, smoothing)
+        assert (loss.nll, loss.words) == (plain.nll, plain.words), "the log is not weighted"
+        ones = caption_loss(logits, captions, smoothing, torch.ones(len(vocab)))
+        torch.testing.assert_close(ones.objective, plain.objective)
+
+
+def test_captions_of_weight_zero_teach_nothing(folders, tmp_path):
+    steps = []
+    for weights in ("1,0", "1,1"):
+        trainer = trained(tmp_path / weights, folders, source_weights=weights, decoder="show-tell", ema=0)
+        own = [i for i, style in enumerate(trainer.train_set.styles) if style == "wordy"][:4]
+        loss = trainer.objective(torch.randn(4, 16), pad_captions([trainer.loader.dataset.captions_of(i) for i in own]))
+        steps.append(loss.objective.item())
+    assert steps[0] == 0 < steps[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"source_weights": "1,2,3"}, "source_weights=1,2,3 are not the .* give 2 numbers .*, for brief, wordy"),
+        ({"source_weights": "1,-1"}, "give 2 numbers of 0 or more"),
+        ({"source_weights": "1,nan"}, "give 2 numbers of 0 or more"),
+        ({"source_weights": "one,two"}, "give 2 numbers of 0 or more"),
+        ({"source_weights": "1,2", "condition_on_source": False}, "add condition_on_source=true"),
+    ],
+)
+def test_weights_that_fit_no_data_set_are_refused(settings, message, folders, tmp_path):
+    with pytest.raises(UserError, match=message):
+        trained(tmp_path, folders, **settings)
