@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,11 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from showtell import datasets
+from showtell import datasets, load
 from showtell.checkpoint import load_checkpoint, save_checkpoint
 from showtell.errors import UserError
 from showtell.model import CaptionModel
 from showtell.report import Card
+from showtell.synthetic import export_coco
 from showtell.transforms import TINY
 from showtell.vocabulary import Vocabulary
 
@@ -162,3 +164,29 @@ def test_the_tree_lists_the_core_first():
     assert sorted(modules) == sorted(path.stem for path in (ROOT / "showtell").glob("*.py"))
     page = f"before\n{tree.BEGIN}old\n{tree.END}\nafter\n"
     assert tree.replaced(page) == f"before\n{tree.BEGIN}{tree.tree()}{tree.END}\nafter\n"
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("sampling", [[], ["--temperature", "5"]])
+def test_captions_of_a_model_become_a_data_set(sampling, keep, tmp_path):
+    export_coco(tmp_path / "shapes", 6, 2, size=32)
+    (tmp_path / "shapes" / "train2017" / sorted(os.listdir(tmp_path / "shapes" / "train2017"))[0]).write_bytes(b"")
+    save_model(tmp_path / "a.safetensors", ["cat", "dog", "runs"], 1)
+    save_model(tmp_path / "b.safetensors", ["cat", "dog", "runs"], 2)
+    models = f"{tmp_path / 'a.safetensors'},{tmp_path / 'b.safetensors'}"
+    out = tmp_path / "pseudo" / "captions.csv"
+    arguments = [models, "coco", str(tmp_path / "shapes"), "--out", str(out), "--n", "3", *sampling]
+    tool("pseudo_captions").main(arguments + ["--keep"] * keep)
+    (true, true_val), (train, val) = (
+        [datasets.load(reader, tmp_path / folder, split) for split in ("train", "val")]
+        for reader, folder in (("coco", "shapes"), ("folder", "pseudo"))
+    )
+    assert [os.path.realpath(train.path(i)) for i in range(5)] == [os.path.realpath(true.path(i)) for i in range(1, 6)]
+    assert val.captions == true_val.captions
+    captioner = load(models)
+    for i, captions in enumerate(train.captions):
+        if not sampling:
+            expected = list(dict.fromkeys(c.text for c in captioner.caption(true.path(i + 1), n_best=3) if c.words))
+            assert captions[: len(expected)] == expected
+        assert keep == (captions[-1] == true.captions[i + 1][-1])
+        assert keep or set(" ".join(captions).lower().split()) <= {"cat", "dog", "runs"}
