@@ -298,17 +298,17 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError("--int8 and --calibrate go together, with --format onnx; give both, or neither")
     images = find_images([args.calibrate]) if args.int8 else []
     path = find_model(args.model)
-    default = f"{model_name(path).replace('/', '-')}-{args.format}" + (".safetensors" if args.format == "half" else "")
-    out = args.out or default
+    smaller = {args.format: True} if args.format in ("half", "int8") else {}
+    out = args.out or f"{model_name(path).replace('/', '-')}-{args.format}" + (".safetensors" if smaller else "")
     checkpoint = load_checkpoint(path)
-    if args.format == "half":
-        save_checkpoint(out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, half=True)
+    if smaller:
+        save_checkpoint(out, checkpoint.model, checkpoint.vocab, checkpoint.transform, checkpoint.meta, **smaller)
     if args.format == "onnx":
         from showtell.onnx_export import export_onnx
 
         lines = export_onnx(checkpoint, out, images)
     else:
-        lines = [out] if args.format == "half" else export_legacy(checkpoint, out)
+        lines = [out] if smaller else export_legacy(checkpoint, out)
     for line in lines:
         print_text(str(line))
     return 0

@@ -115,14 +115,14 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     output.add_argument("--html", metavar="FILE", help="write a page with the images")
     _add_common(caption)
 
-    export = add("export", "write a model for sharing: in half the size, or as other repositories' files")
+    export = add("export", "write a model for sharing: with smaller weights, or as other repositories' files")
     _add_model(export)
     export.add_argument(
-        "--format", choices=["half", "legacy", "onnx"], default="half",
-        help="half (default): one checkpoint in half precision; legacy: encoder-N.pkl and decoder-N.pkl of Show and "
-        "Tell; onnx: a folder that ONNX Runtime runs without torch",
+        "--format", choices=["half", "int8", "legacy", "onnx"], default="half",
+        help="half (default), int8: one checkpoint with weights of 16 or 8 bits; legacy: encoder-N.pkl and "
+        "decoder-N.pkl of Show and Tell; onnx: a folder that ONNX Runtime runs without torch",
     )  # fmt: skip
-    summary = "what to write (default: NAME-half.safetensors, NAME-legacy or NAME-onnx in this folder)"
+    summary = "what to write (default: NAME-half.safetensors, NAME-legacy, … in this folder)"
     export.add_argument("--out", metavar="FILE|DIR", help=summary)
     export.add_argument("--int8", action="store_true", help="with onnx: a faster encoder, calibrated on images")
     export.add_argument("--calibrate", metavar="FOLDER", help="images like those to be captioned, for --int8")

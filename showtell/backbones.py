@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from showtell.errors import UserError
 from showtell.files import require_regular_file
+from showtell.quantise import dequantise
 
 
 class Backbone(nn.Module):
@@ -309,7 +310,8 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = {key.removeprefix("encoder.backbone.net."): value for key, value in load_file(path).items()}
+            state = dequantise(load_file(path))
+            state = {key.removeprefix("encoder.backbone.net."): value for key, value in state.items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, not a checkpoint, or a pickle that wants to run code

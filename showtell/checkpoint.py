@@ -26,10 +26,11 @@ from showtell import __version__
 from showtell.errors import UserError
 from showtell.files import atomic_path, require_free_space, require_regular_file
 from showtell.model import CaptionModel, EncoderCNN
+from showtell.quantise import dequantise, quantise
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
 
-FORMAT = 2  # of both files; higher numbers are refused, lower ones are read
+FORMAT = 3  # of both files; higher numbers are refused, lower ones are read
 # Parts of the tensor names in format 1, by decoder, and their names since.
 _RENAMED = {
     "top-down": {
@@ -71,6 +72,7 @@ def save_checkpoint(
     transform: Transform,
     meta: dict | None = None,
     half: bool = False,
+    int8: bool = False,
 ) -> None:
     """Write one self-contained safetensors file atomically; the model is not changed.
 
@@ -82,6 +84,7 @@ def save_checkpoint(
         meta: JSON values about the model's training.
         half: store matrices and kernels in half precision; biases, norms and tensors with values out of its range stay
             in single precision.
+        int8: store them in 8 bits, see `showtell.quantise`; the others stay in single precision.
 
     Raises:
         UserError: the vocabulary does not fit the model, `path` is a folder, or the disk is full.
@@ -101,7 +104,11 @@ def save_checkpoint(
         "meta": meta or {},
         "versions": {"showtell": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
     }
-    _write(path, header, {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()})
+    tensors = {name: _stored(tensor, half) for name, tensor in _own_tensors(model).items()}
+    if int8:
+        parts = [quantise(name, tensor) for name, tensor in tensors.items()]
+        tensors = {name: tensor for part in parts for name, tensor in part.items()}
+    _write(path, header, tensors)
 
 
 def add_meta(path: str | PathLike, out: str | PathLike, **meta: object) -> None:
@@ -134,7 +141,7 @@ def load_checkpoint(path: str | PathLike, device: str | torch.device = "cpu") ->
     header = read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            tensors = dequantise({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  it is no dict
         vocab = Vocabulary.from_dict(header["vocabulary"])
         transform = Transform.from_dict(header["transform"])
         decoder, vocab_size = (header["model"]["decoder"][key] for key in ("name", "vocab_size"))

@@ -19,7 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from showtell import checkpoint as module
-from showtell.checkpoint import load_checkpoint, load_resume, read_header, save_checkpoint, save_resume, start_from
+from showtell.backbones import load_backbone_weights
+from showtell.checkpoint import (
+    add_meta,
+    load_checkpoint,
+    load_resume,
+    read_header,
+    save_checkpoint,
+    save_resume,
+    start_from,
+)
 from showtell.decoders import DECODERS
 from showtell.errors import MissingFileError, UserError
 from showtell.legacy import import_legacy
@@ -108,7 +117,7 @@ def test_files_of_format_1_are_read(decoder, tmp_path):
     path, model = tmp_path / "m.safetensors", model_of(decoder).eval()
     save_checkpoint(path, model, VOCAB, TINY)
     header, tensors = read_header(path), load_file(path)
-    assert header["format"] == 2
+    assert header["format"] == module.FORMAT
     renamed = old_names(tensors)
     assert (renamed.keys() != tensors.keys()) == (decoder in ("top-down", "transformer"))
     save_file(renamed, path, metadata={"showtell": json.dumps({**header, "format": 1})})
@@ -184,6 +193,64 @@ def test_half_precision_is_stored_and_single_is_loaded(tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(logits(loaded), logits(model), rtol=5e-3, atol=5e-3)
     assert next(model.parameters()).dtype == torch.float32  # the model that was saved is as it was
+
+
+def test_weights_in_8_bits_are_close_in_every_channel(tmp_path):
+    model = model_of().eval()
+    with torch.no_grad():
+        model.decoder.embed.weight[5, 5] = 1e8  # its scale is beyond half precision
+        model.decoder.linear.weight[3] = 0
+        model.decoder.linear.weight[4] *= 1e-7
+        model.decoder.linear.weight[5] *= 1e3
+    save_checkpoint(tmp_path / "full.safetensors", model, VOCAB, TINY)
+    save_checkpoint(tmp_path / "small.safetensors", model, VOCAB, TINY, int8=True)
+    stored = load_file(tmp_path / "small.safetensors")
+    assert stored["decoder.linear.weight"].dtype == torch.int8
+    assert stored["decoder.linear.bias"].dtype == stored["decoder.embed.weight"].dtype == torch.float32
+    loaded = load_checkpoint(tmp_path / "small.safetensors").model
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    own = dict(model.named_parameters())
+    for name, weight in loaded.named_parameters():
+        if stored[name].dtype == torch.int8:
+            largest = own[name].flatten(1).abs().amax(1)
+            error = (weight - own[name]).flatten(1).abs().amax(1)
+            assert (error <= 0.5005 * largest / 127 + 4e-6).all(), name  # half a scale, which is rounded itself
+            assert stored[name].flatten(1).abs().amax(1)[largest > 1e-3].min() >= 126
+        else:
+            assert torch.equal(weight, own[name])
+    assert torch.equal(loaded.decoder.linear.weight[3], torch.zeros_like(loaded.decoder.linear.weight[3]))
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("small", "full")]
+    assert sizes[0] < 0.35 * sizes[1]  # of this small model; 0.26 of a ResNet-50
+    again = load_checkpoint(tmp_path / "small.safetensors")
+    save_checkpoint(tmp_path / "again.safetensors", again.model, VOCAB, TINY, int8=True)
+    twice = load_file(tmp_path / "again.safetensors")
+    assert all(torch.equal(twice[name], tensor) for name, tensor in stored.items() if tensor.dtype == torch.int8)
+
+
+def test_8_bits_keep_the_logits_of_a_model_and_serve_as_an_encoder(tmp_path):
+    model = model_of().eval()
+    path = tmp_path / "small.safetensors"
+    save_checkpoint(path, model, VOCAB, TINY, {"epoch": 3}, int8=True)
+    loaded = load_checkpoint(path)
+    torch.testing.assert_close(logits(loaded.model), logits(model), rtol=0.05, atol=0.05)
+    add_meta(path, tmp_path / "copy.safetensors", seen=1)
+    copied = load_checkpoint(tmp_path / "copy.safetensors")
+    assert copied.meta == {"epoch": 3, "seen": 1}
+    assert torch.equal(logits(copied.model), logits(loaded.model))
+    net = model_of().encoder.backbone.net
+    load_backbone_weights(net, path)
+    torch.testing.assert_close(net.state_dict(), loaded.model.encoder.backbone.net.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), ()])
+def test_scales_that_do_not_fit_are_damage(shape, tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, model_of(), VOCAB, TINY, int8=True)
+    tensors, header = load_file(path), read_header(path)
+    tensors["decoder.linear.weight.int8_scale"] = torch.ones(shape)
+    save_file(tensors, path, metadata={"showtell": json.dumps(header)})
+    with pytest.raises(UserError, match="is damaged or truncated"):
+        load_checkpoint(path)
 
 
 def test_a_model_in_training_and_in_bfloat16_can_be_saved(tmp_path):
@@ -364,7 +431,7 @@ def altered(path, change=lambda header: None, tensors=lambda tensors: None) -> N
     save_file(stored, path, metadata={"showtell": json.dumps(header)})
 
 
-NEWER = r"has format 9, and showtell .* reads formats up to 2; type pip install --upgrade"
+NEWER = r"has format 9, and showtell .* reads formats up to 3; type pip install --upgrade"
 
 
 @pytest.mark.parametrize(

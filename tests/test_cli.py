@@ -940,17 +940,19 @@ def test_flickr8k_with_a_pretrained_backbone_and_its_cache(flickr8k, weights, do
     assert done(["caption", str(photo), *model]).out.strip()
 
 
-def test_a_model_is_halved_for_sharing(tmp_path, done, images):
+@pytest.mark.parametrize(("precision", "share"), [("half", 0.55), ("int8", 0.3)])
+def test_a_model_is_made_smaller_for_sharing(precision, share, tmp_path, done, images):
     arguments = {"name": "top-down", "embed_size": 8, "hidden_size": 8, "attention_size": 8, "vocab_size": len(VOCAB)}
     torch.manual_seed(0)
     model = CaptionModel({"encoder": {"embed_size": 8, "backbone": "resnet18"}, "decoder": arguments})
-    whole, half = tmp_path / "whole.safetensors", tmp_path / "models" / "half.safetensors"
+    whole, small = tmp_path / "whole.safetensors", tmp_path / "models" / "small.safetensors"
     save_checkpoint(whole, model, VOCAB, IMAGENET, {"epoch": 3})
-    assert done(["export", "--model", str(whole), "--out", str(half)]).out == f"{half}\n"
-    assert done(["export", "--model", str(whole)]).out == "whole-half.safetensors\n"
-    assert Path("whole-half.safetensors").read_bytes() == half.read_bytes()
-    assert half.stat().st_size < 0.55 * whole.stat().st_size
-    captioners = [load(path, "cpu") for path in (whole, half)]
+    command = ["export", "--model", str(whole), "--format", precision]
+    assert done([*command, "--out", str(small)]).out == f"{small}\n"
+    assert done(command if precision == "int8" else command[:3]).out == f"whole-{precision}.safetensors\n"
+    assert Path(f"whole-{precision}.safetensors").read_bytes() == small.read_bytes()
+    assert small.stat().st_size < share * whole.stat().st_size
+    captioners = [load(path, "cpu") for path in (whole, small)]
     assert captioners[1].meta == {"epoch": 3}
     assert captioners[0].vocab == captioners[1].vocab
     first, second = (c.caption(images / "00000.png", max_len=MAX_LEN)[0] for c in captioners)
