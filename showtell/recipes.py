@@ -256,6 +256,12 @@ _FLICKR8K = Recipe(resize=224, squash=True, batch_norm=True)  # whole images squ
 _SELF_CRITICAL_STAGE = replace(
     _FLICKR8K, objective="self-critical", group="image", batch_size=16, lr=2e-5, warmup=100, epochs=5
 )
+# For the 113,287 training images of Karpathy's split of COCO. Sizes, learning rates and scheduled sampling are those of
+# Rennie et al. 2017, arXiv 1612.00563.
+_COCO = Recipe(squash=True, batch_norm=True, group="image", batch_size=32, warmup=1000)
+_COCO_TUNED = replace(
+    _COCO, captions_per_image=5, scheduled_sampling=0.25, fine_tune="layer3,layer4", backbone_lr=5e-5, flip=True
+)
 RECIPES: dict[str, Recipe] = {
     # Show and Tell on Flickr8k's 6,000 photographs. With batch norm and this rate, two epochs reach the loss that three
     # and a half reach without.
@@ -278,6 +284,13 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Show and Tell on COCO, center crops.
     "coco-show-tell": Recipe(batch_size=128, epochs=10),
+    # Show and Tell on ResNet-152, the last two stages fine-tuned.
+    "coco-show-tell-152": replace(_COCO_TUNED, encoder="resnet152", resize=224),
+    # Show, Attend and Tell on the 10 x 10 grid of ResNet-101, and self-critical training of it with a frozen encoder.
+    "coco-attend": replace(_COCO_TUNED, encoder="resnet101", resize=320, decoder="attend", attention_cost=1.0),
+    "coco-attend-self-critical": replace(
+        _COCO, encoder="resnet101", resize=320, decoder="attend", objective="self-critical", lr=5e-5, epochs=10,
+    ),
     # The model of the Udacity course: 256/512, Adam at 1e-3, no dropout, no label smoothing, three epochs.
     "classic": Recipe(
         embed_size=256, dropout=0.0, tokenizer="treebank", batch_size=64, epochs=3, lr=1e-3, warmup=0,

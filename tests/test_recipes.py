@@ -24,8 +24,8 @@ def test_every_recipe_makes_a_model_and_comes_back_from_json(name):
     recipe = recipe_named(name)
     assert Recipe(**json.loads(json.dumps(recipe.to_dict()))) == recipe
     transform = recipe.transform()
-    assert transform.size == (64 if name == "demo" else 224)
-    assert transform == transform.evaluation(), "recipes augment nothing: frozen backbones are cached"
+    assert transform.size == {"demo": 64, "coco-attend": 320, "coco-attend-self-critical": 320}.get(name, 224)
+    assert recipe.fine_tune or transform == transform.evaluation(), "frozen backbones are cached, and augment nothing"
     model = CaptionModel(replace(recipe, encoder="tiny").model_config(30))
     logits, _ = model(torch.zeros(2, 3, 32, 32), torch.tensor([[0, 5, 1], [0, 7, 1]]))
     assert logits.shape[::2] == (2, 30)
