@@ -314,6 +314,15 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _push(args: argparse.Namespace) -> int:
+    from showtell import hub
+    from showtell.captioner import find_model
+
+    address = hub.push(find_model(args.model), args.repo, args.private, args.revision, args.license)
+    print_text(f"caption with: showtell caption photo.jpg --model {address}")
+    return 0
+
+
 def _import_legacy(args: argparse.Namespace) -> int:
     from showtell.checkpoint import save_checkpoint
     from showtell.legacy import import_legacy
@@ -349,6 +358,7 @@ COMMANDS = {
     "score": _score,
     "caption": _caption,
     "export": _export,
+    "push": _push,
     "import-legacy": _import_legacy,
     "download": _download,
     "completion": _completion,

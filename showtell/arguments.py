@@ -127,6 +127,13 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     export.add_argument("--int8", action="store_true", help="with onnx: a faster encoder, calibrated on images")
     export.add_argument("--calibrate", metavar="FOLDER", help="images like those to be captioned, for --int8")
 
+    push = add("push", "upload a model with a generated model card to the Hugging Face Hub")
+    push.add_argument("model", metavar="MODEL", help="checkpoint, run folder or released model")
+    push.add_argument("repo", metavar="ORG/NAME", help="repository; it is created if it does not exist")
+    push.add_argument("--private", action="store_true", help="create a private repository")
+    push.add_argument("--revision", default="", metavar="BRANCH", help="branch to commit to (default main)")
+    push.add_argument("--license", default="", metavar="ID", help="licence for the card, such as mit (default other)")
+
     legacy = add("import-legacy", "convert the .pkl files of other repositories to a checkpoint")
     legacy.add_argument("encoder", metavar="ENCODER.pkl")
     legacy.add_argument("decoder", metavar="DECODER.pkl")
@@ -184,7 +191,8 @@ def _add_data(parser: argparse.ArgumentParser, dataset: str | None = "synthetic"
 
 def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
     several = "; A,B,C is an ensemble" if precision else ""
-    parser.add_argument("--model", metavar="M", help=f"checkpoint, run folder or released model (the default){several}")
+    summary = f"checkpoint, run folder, hub:ORG/NAME or released model (the default){several}"
+    parser.add_argument("--model", metavar="M", help=summary)
     if precision:
         summary = f"float32 (exact), bfloat16 (faster), or auto: bfloat16 where it is faster (default {precision})"
         parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)

@@ -16,7 +16,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from showtell import decoding, released
+from showtell import decoding, hub, released
 from showtell.arrays import Array, library
 from showtell.confidence import Calibration
 from showtell.decoding import DecodingOptions, Hypothesis
@@ -218,8 +218,9 @@ def load(
     """Load a model by path or name; the released model by default, downloaded if it is not installed.
 
     Args:
-        model: a checkpoint, a run folder (its best checkpoint), a released model's name (see `released.locate`) or a
-            folder exported for ONNX Runtime; several, `A,B,C`, are used as an ensemble.
+        model: a checkpoint, a run folder (its best checkpoint), a released model's name (see `released.locate`),
+            `hub:org/name` on the Hugging Face Hub (see `hub.fetch`) or a folder exported for ONNX Runtime; several,
+            `A,B,C`, are used as an ensemble.
         device: where to run the model; a GPU if there is one.
         precision: of the backbone: `float32`, exact and the same on every machine; `bfloat16`, three times as fast on
             hardware that has it; or `auto`, bfloat16 on such hardware.
@@ -265,6 +266,8 @@ def find_model(model: str | os.PathLike | None = None) -> Path:
     remedy = "give a checkpoint, run folder or the name of a released model"
     if model is None:
         return released.locate()
+    if str(model).startswith(hub.PREFIX):
+        return hub.fetch(str(model))
     path = Path(model)
     if path.is_dir():
         if (path / HEADER).exists():

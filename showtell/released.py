@@ -92,9 +92,10 @@ def cache_folder() -> Path:
 
 
 def is_released(path: str | os.PathLike) -> bool:
-    """Return whether `path` lies in a folder of released models, where nothing else should be written."""
-    folders = [*_places()[0], cache_folder()]
-    return Path(path).resolve().parent in {folder.resolve() for folder in folders}
+    """Return whether `path` lies in a folder of released or downloaded models, where nothing else should be written."""
+    folders = {folder.resolve() for folder in (*_places()[0], cache_folder())}
+    parents = Path(path).resolve().parents
+    return parents[0] in folders or any(parent.name.startswith("models--") for parent in parents)  # huggingface_hub's
 
 
 def _places() -> tuple[list[Path], str]:

@@ -384,7 +384,7 @@ class Trainer:
             "val_loss": loss,
             "val_perplexity": metrics.perplexity(loss),
             "scores": {name: round(value, 6) for name, value in scores.items() if value is not None},
-            "captions": {name: round(health[name], 6) for name in ("distinct", "bad_endings", "mean_length")},
+            "captions": {key: round(health[key], 6) for key in ("captions", "distinct", "bad_endings", "mean_length")},
         }
 
     def _finish_epoch(self, record: dict, log: TrainingLog) -> None:
