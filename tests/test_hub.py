@@ -236,3 +236,31 @@ def test_huggingface_hub_that_is_not_installed(model, monkeypatch):
     for call in (lambda: fetch("hub:me/tiny"), lambda: showtell.hub.push(model, "me/tiny")):
         with pytest.raises(UserError, match=r'needs huggingface_hub; type pip install "showtell\[hub\]"'):
             call()
+
+
+HUBCONF = """
+import sys
+sys.modules.update(dict.fromkeys(OPTIONAL))  # None makes an import fail
+import torch
+for name in ("showtell_attend", "showtell_classic"):
+    captioner = torch.hub.load(ROOT, name, source="local", device="cpu", precision="float32")
+    print(captioner.model.config["decoder"]["name"], captioner.caption(IMAGE)[0].text, sep=": ")
+"""
+
+
+def test_torch_hub_loads_the_released_models_from_a_checkout(tmp_path):
+    root = Path(showtell.__file__).parent.parent
+    (image,) = save_images(tmp_path / "images", 1)
+    optional = "matplotlib jinja2 nltk skimage pycocotools jupyter shtab huggingface_hub timm".split()
+    values = f"ROOT, IMAGE, OPTIONAL = {str(root)!r}, {str(image)!r}, {optional!r}\n"
+    offline = str(Path(__file__).parent / "offline")  # and not the checkout
+    command = [sys.executable, "-c", values + HUBCONF]
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": offline}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    expected = {
+        decoder: showtell.load(f"showtell-{name}", "cpu", "float32").caption(image)[0].text
+        for decoder, name in (("top-down", "attend"), ("show-tell", "classic"))
+    }
+    assert result.stdout.splitlines() == [f"{decoder}: {text}" for decoder, text in expected.items()]
