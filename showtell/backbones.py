@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import difflib
 import math
+import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from itertools import pairwise
 from os import PathLike
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,14 +113,15 @@ class Backbone(nn.Module):
     def fine_tune(self, layers: str | Iterable[str] | None) -> None:
         """Choose the layers to train by the beginning of their names: `["layer3", "layer4"]`, `""` all, `None` none.
 
-        A name that no layer has raises a `UserError`.
+        A name that no layer has raises a `UserError`. Layers of timm have timm's names, such as `blocks.11`.
         """
+        net = self.net.net if isinstance(self.net, _TimmMaps) else self.net
         prefixes = [] if layers is None else [layers] if isinstance(layers, str) else list(layers)
         for prefix in prefixes:
-            if not any(name.startswith(prefix) for name, _ in self.net.named_parameters()):
-                known = ", ".join(name for name, _ in self.net.named_children())
+            if not any(name.startswith(prefix) for name, _ in net.named_parameters()):
+                known = ", ".join(name for name, child in net.named_children() if list(child.parameters()))
                 raise UserError(f"{self.name} has no layer {prefix!r} to fine-tune; choose from {known}")
-        for name, parameter in self.net.named_parameters():
+        for name, parameter in net.named_parameters():
             parameter.requires_grad_(any(name.startswith(prefix) for prefix in prefixes))
         self.trainable = bool(prefixes)
 
@@ -180,7 +185,7 @@ def _build_net(name: str, weights: str | PathLike | None) -> nn.Module:
     if weights == "imagenet" and not name.startswith(("tiny", "timm/")):
         _load_imagenet(net, name)
     elif weights not in (None, "imagenet"):
-        load_backbone_weights(net, weights)
+        load_backbone_weights(net.net if isinstance(net, _TimmMaps) else net, weights)
     return net
 
 
@@ -230,23 +235,63 @@ class _TimmMaps(nn.Module):
 
     def __init__(self, name: str, pretrained: bool) -> None:
         super().__init__()
-        try:
-            import timm
-        except ImportError:
-            raise UserError(f'the backbone timm/{name} needs timm; type pip install "showtell[timm]"') from None
-        if name not in timm.list_models():
-            raise UserError(f"timm has no network {name!r}; choose one of timm.list_models()")
-        self.net = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        timm, self.name = _timm_with(name), name
+        if pretrained:
+            try:
+                self.net = timm.create_model(name, pretrained=True, num_classes=0)
+                return
+            except Exception as error:  # as in `_load_imagenet`
+                _warn_of_random_weights(f"timm/{name}", error)
+        self.net = timm.create_model(name, num_classes=0)
 
     def forward(self, images: Tensor) -> Tensor:
         maps = self.net.forward_features(images)
-        if maps.dim() == 3:
-            maps = maps[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
-            side = math.isqrt(maps.shape[2])
-            maps = maps.unflatten(2, (side, maps.shape[2] // side))
-        elif maps.shape[1] != self.net.num_features:  # channels last, as Swin gives them
-            maps = maps.permute(0, 3, 1, 2)
-        return maps
+        if isinstance(maps, Tensor):
+            if maps.dim() == 3:
+                maps = maps[:, getattr(self.net, "num_prefix_tokens", 0) :].transpose(1, 2)
+                side = math.isqrt(maps.shape[2])
+                maps = maps.unflatten(2, (side, side)) if side * side == maps.shape[2] else maps
+            elif maps.shape[1] != self.net.num_features:  # channels last, as Swin gives them
+                maps = maps.movedim(-1, 1)
+            if maps.dim() == 4 and maps.shape[1] == self.net.num_features:
+                return maps
+        raise UserError(f"timm/{self.name} gives no square grid of features; choose another network of timm")
+
+
+class TimmImages(NamedTuple):
+    """The images that a network of timm was trained with, and whether it takes no other size."""
+
+    resize: int  # the shorter side, of which the middle is cut
+    crop: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    fixed: bool
+
+
+def timm_images(name: str) -> TimmImages:
+    """Return timm's data configuration of a backbone `timm/NAME`; its interpolation is not used."""
+    name = name.removeprefix("timm/")
+    _timm_with(name)
+    from timm.data import resolve_data_config
+    from timm.models import get_pretrained_cfg
+
+    own = get_pretrained_cfg(name)
+    found = resolve_data_config(pretrained_cfg=own.to_dict() if own else {"input_size": (3, 224, 224)})
+    crop, fixed = found["input_size"][-1], bool(own and own.fixed_input_size)
+    return TimmImages(int(crop / found["crop_pct"]), crop, found["mean"], found["std"], fixed)
+
+
+def _timm_with(name: str) -> ModuleType:
+    """Return timm, which must have a network of this name, with or without a tag for its weights."""
+    try:
+        import timm
+    except ImportError:
+        raise UserError(f'the backbone timm/{name} needs timm; type pip install "showtell[timm]"') from None
+    known = [*timm.list_models(), *timm.list_pretrained()]
+    if name not in known:
+        nearest = ", ".join(difflib.get_close_matches(name, known, 3, 0))
+        raise UserError(f"timm has no network {name!r}; similar are {nearest}, and timm.list_models() lists all")
+    return timm
 
 
 class TinyNet(nn.Module):
@@ -290,15 +335,19 @@ def _load_imagenet(net: nn.Module, name: str) -> None:
     try:
         state = models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
     except Exception as error:  # no network, a proxy, a broken download: the library raises many kinds
-        problem = f"could not download the ImageNet weights of {name} ({type(error).__name__})"
-        effect = "the encoder is randomly initialised and learns little while frozen"
-        warnings.warn(f"{problem}; {effect}; connect to the internet once, or pass a file as weights", stacklevel=4)
+        _warn_of_random_weights(name, error)
     else:
         _load_matching(net, state, name)
 
 
+def _warn_of_random_weights(name: str, error: Exception) -> None:
+    problem = f"could not download the ImageNet weights of {name} ({type(error).__name__})"
+    effect = "the encoder is randomly initialised and learns little while frozen"
+    warnings.warn(f"{problem}; {effect}; connect to the internet once, or pass a file as weights", stacklevel=5)
+
+
 def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
-    """Load a torchvision state dict (`.safetensors`, or `.pth` read with `weights_only`) into a backbone's `net`.
+    """Load a state dict of torchvision or timm (`.safetensors`, or `.pth` read with `weights_only`) into their network.
 
     A checkpoint of showtell is accepted too; only its backbone is used.
 
@@ -310,8 +359,8 @@ def load_backbone_weights(net: nn.Module, path: str | PathLike) -> None:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = dequantise(load_file(path))
-            state = {key.removeprefix("encoder.backbone.net."): value for key, value in state.items()}
+            own = re.compile(r"^encoder\.backbone\.net\.(net\.)?")  # `net.` again for a network of timm
+            state = {own.sub("", key): value for key, value in dequantise(load_file(path)).items()}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated, not a checkpoint, or a pickle that wants to run code

@@ -143,12 +143,28 @@ class Recipe:
                 raise UserError(f"{given}; set samples_per_image=2 or more, or baseline=greedy")
 
     def transform(self) -> Transform:
-        """Return the image transform, with augmentation."""
+        """Return the image transform, with augmentation.
+
+        A backbone of timm brings its mean and standard deviation and, where `resize` and `crop` have their defaults,
+        its sizes.
+        """
         from showtell.transforms import Transform
 
+        resize, crop, normalisation = self.resize, self.crop, {}
+        if self.encoder.startswith("timm/"):
+            from showtell.backbones import timm_images
+
+            own = timm_images(self.encoder)
+            normalisation = {"mean": own.mean, "std": own.std}
+            if (resize, crop) == (Recipe.resize, Recipe.crop):
+                resize, crop = own.crop if self.squash else own.resize, own.crop
+            if own.fixed and (side := resize if self.squash else crop) != own.crop:
+                name, size = "resize" if self.squash else "crop", own.crop
+                given = f"{self.encoder} takes images of {size} x {size} pixels only, and {name} is {side}"
+                raise UserError(f"{given}; set {name}={size}")
         if self.squash:
-            return Transform(resize=(self.resize, self.resize), flip=self.flip)
-        return Transform(resize=self.resize, crop=self.crop, random_crop=self.random_crop, flip=self.flip)
+            return Transform(resize=(resize, resize), flip=self.flip, **normalisation)
+        return Transform(resize=resize, crop=crop, random_crop=self.random_crop, flip=self.flip, **normalisation)
 
     def model_config(self, vocab_size: int) -> dict:
         """Return the configuration of `CaptionModel`; the decoder gets the settings that its constructor has."""

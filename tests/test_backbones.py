@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import os
 import pickle
@@ -360,20 +359,6 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
     monkeypatch.setattr(type(models.ResNet18_Weights.DEFAULT), "get_state_dict", lambda *_, **__: state)
     net = Backbone("resnet18").net
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
-
-
-def test_timm_names_need_timm():
-    if importlib.util.find_spec("timm") is None:
-        with pytest.raises(UserError, match=r'needs timm; type pip install "showtell\[timm\]"'):
-            Backbone("timm/resnet10t", weights=None)
-        return
-    with pytest.raises(UserError, match="timm has no network 'resnet51'"):
-        Backbone("timm/resnet51", weights=None)
-    for name in ("resnet10t", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"):
-        backbone = Backbone(f"timm/{name}", grid=True, weights=None)
-        cells = backbone(some_images(2, 224))
-        assert cells.dim() == 3
-        assert cells.shape[2] == backbone.feature_size
 
 
 def test_an_imagenet_resnet_knows_a_cat_in_the_published_layout(weights):
