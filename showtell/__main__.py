@@ -73,24 +73,30 @@ def _demo(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from showtell.captioner import find_model
     from showtell.checkpoint import read_header
+    from showtell.config import Config, read_config
     from showtell.recipes import Recipe, recipe_named
     from showtell.train import Run, Stopped, Trainer
 
+    config = read_config(args.config) if args.config else Config(None, {}, {})
+    in_file = {name: config.run.pop(name, None) for name in ("out", "device")}
+    args.out, args.device = (getattr(args, name) or value for name, value in in_file.items())
+    if not args.out:
+        raise UserError("the run folder is missing; add --out runs/NAME")
     _check_outputs([], args.out)
-    settings = _settings(args)
+    settings, recipe_name = config.settings | _settings(args), args.recipe or config.recipe
     flags = (
         "dataset init new_vocabulary seed subset val_images best_by data_dir patience tensorboard features num_workers"
     )
-    given = {name: value for name in flags.split() if (value := getattr(args, name)) is not None}
+    given = config.run | {name: value for name in flags.split() if (value := getattr(args, name)) is not None}
     if args.encoder_weights:
         given["weights"] = args.encoder_weights
-    if args.init:
-        given["init"] = str(find_model(args.init))  # as the run keeps it, for --resume
+    if given.get("init"):
+        given["init"] = str(find_model(given["init"]))  # as the run keeps it, for --resume
     if args.resume:
-        trainer = Trainer.resume(args.out, recipe=args.recipe, settings=settings, device=_device(args), **given)
+        trainer = Trainer.resume(args.out, recipe=recipe_name, settings=settings, device=_device(args), **given)
     else:
-        recipe = recipe_named(args.recipe) if args.recipe else Recipe()
-        if args.init and not args.recipe:
+        recipe = recipe_named(recipe_name) if recipe_name else Recipe()
+        if given.get("init") and not recipe_name:
             recipe = recipe.inherit_model(read_header(given["init"]))
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run

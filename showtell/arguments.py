@@ -38,7 +38,8 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
 
     train = add("train", "train a captioner; Ctrl-C saves the run, --resume continues it")
     _add_data(train, None)
-    train.add_argument("--out", required=True, help="run folder")
+    train.add_argument("--config", metavar="FILE", help="settings in TOML, YAML or JSON (run.json); flags go first")
+    train.add_argument("--out", help="run folder")
     train.add_argument("--recipe", help="named settings: " + ", ".join(sorted(RECIPES)))
     train.add_argument("--decoder", help="decoder name, such as show-tell or attend; an unknown name lists all")
     train.add_argument("--encoder", help="backbone name: resnet50, tiny, any other of torchvision, timm/NAME")

@@ -72,6 +72,8 @@ class Run:
             raise UserError(f"best_by={self.best_by!r} is not known; choose one of {', '.join(accepted)}")
         if self.new_vocabulary and not self.init:
             raise UserError("new_vocabulary is about a model to start from; add --init MODEL, or leave it out")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed={self.seed} is out of range; give a whole number from 0 to {2**32 - 1}")
         least = dict.fromkeys(("subset", "val_images", "patience", "num_workers", "save_minutes", "max_broken"), 0)
         for name, lowest in {**least, "print_every": 1}.items():
             if not getattr(self, name) >= lowest:

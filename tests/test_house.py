@@ -185,7 +185,7 @@ def test_every_module_imports_without_the_optional_packages():
     """The core runs with torch, torchvision, numpy, Pillow, safetensors and tqdm."""
     optional = (
         "nltk pycocotools pycocoevalcap matplotlib jinja2 jupyter IPython skimage tensorboard timm onnx onnxruntime"
-        " huggingface_hub wandb yaml pytest"
+        " huggingface_hub wandb yaml tomli pytest"
     ).split()
     code = f"""
 import importlib, sys
