@@ -85,7 +85,8 @@ def _train(args: argparse.Namespace) -> int:
     _check_outputs([], args.out)
     settings, recipe_name = config.settings | _settings(args), args.recipe or config.recipe
     flags = (
-        "dataset init new_vocabulary seed subset val_images best_by data_dir patience tensorboard features num_workers"
+        "dataset init new_vocabulary seed subset val_images best_by data_dir patience tensorboard wandb features "
+        "num_workers"
     )
     given = config.run | {name: value for name in flags.split() if (value := getattr(args, name)) is not None}
     if args.encoder_weights:

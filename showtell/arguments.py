@@ -65,6 +65,7 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     features.add_argument("--no-features", action="store_const", const="", dest="features", help="train from images")
     train.add_argument("--workers", type=_int, metavar="N", dest="num_workers", help="data loading processes")
     train.add_argument("--tensorboard", action="store_const", const=True, help="also write TensorBoard event files")
+    train.add_argument("--wandb", action="store_const", const=True, help="also log to Weights & Biases")
     train.add_argument("--resume", action="store_true", help="continue the run in --out")
     train.add_argument("--dry-run", action="store_true", help="print what would be trained on which data, and exit")
     _add_common(train, None)

@@ -22,7 +22,7 @@ from showtell.recipes import Recipe, recipe_named
 
 MAY_CHANGE = (  # when a run is resumed: none of it changes what is learned
     "data_dir", "patience", "device", "num_workers", "features", "save_minutes", "print_every", "max_broken",
-    "tensorboard",
+    "tensorboard", "wandb",
 )  # fmt: skip
 
 
@@ -44,7 +44,8 @@ class Run:
         features: folder of the feature cache, `""` for no cache; it holds the output of the backbone's frozen layers,
             and is used where the recipe has no random crops.
         save_minutes: the time between saves inside an epoch. print_every: the number of steps between log lines.
-        max_broken: the number of unreadable images to leave out before stopping. tensorboard: whether to write events.
+        max_broken: the number of unreadable images to leave out before stopping.
+        tensorboard, wandb: whether to write events for TensorBoard, and whether to log to Weights & Biases.
     """
 
     dataset: str = "synthetic"
@@ -65,6 +66,7 @@ class Run:
     print_every: int = 100
     max_broken: int = 100
     tensorboard: bool = False
+    wandb: bool = False
 
     def __post_init__(self) -> None:
         accepted = [*metrics.names(), "loss"]

@@ -259,7 +259,7 @@ class Trainer:
             if self._log_sizes is not None:
                 cut_logs(self.out, self._log_sizes)
                 self._log_sizes = None
-            log = stack.enter_context(TrainingLog(self.out, self.run.tensorboard, quiet=not progress))
+            log = stack.enter_context(TrainingLog(self.out, self.recipe.to_dict() | asdict(self.run), not progress))
             write_json(self.out / "run.json", {"recipe": self.recipe.to_dict(), "run": asdict(self.run)})
             if self.history and not self.step:
                 self._save_models()  # unless they are there: the last save may have been killed half way

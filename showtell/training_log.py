@@ -1,4 +1,4 @@
-"""The log of a training run: text and JSON lines, TensorBoard events, and a plot of the losses."""
+"""The log of a training run: text and JSON lines, TensorBoard, Weights & Biases, and a plot of the losses."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -58,18 +59,25 @@ def cut_logs(out: Path, sizes: Mapping[str, int]) -> None:
 
 
 class TrainingLog:
-    """`training_log.txt`, `training_log.jsonl` and, on request, TensorBoard events; all are appended to."""
+    """`training_log.txt`, `training_log.jsonl` and, on request, TensorBoard and Weights & Biases; all are appended to.
 
-    def __init__(self, out: Path, tensorboard: bool = False, quiet: bool = False) -> None:
-        """Open the log of the run in `out`; unless `quiet`, each epoch's line is printed too."""
+    These two show the same numbers: the loss by step, the others by epoch.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, object], quiet: bool = False) -> None:
+        """Open the log of the run in `out`; unless `quiet`, each epoch's line is printed too.
+
+        `settings` are those of the run; `tensorboard` and `wandb` ask for these logs.
+        """
         self.quiet = quiet
         self.board = None
-        if tensorboard:
+        if settings["tensorboard"]:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError('--tensorboard needs tensorboard; type pip install "showtell[tensorboard]"') from None
             self.board = SummaryWriter(str(out))
+        self.wandb = _start_wandb(out, settings) if settings["wandb"] else None
         self.text, self.lines = ((out / name).open("a", encoding="utf-8", buffering=1) for name in FILES)
 
     def __enter__(self) -> TrainingLog:
@@ -80,13 +88,14 @@ class TrainingLog:
         self.lines.close()
         if self.board:
             self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def step(self, epoch: int, epochs: int, step: int, steps: int, totals: Totals) -> None:
         loss, ppl = totals.recent, perplexity(totals.recent)
         self.text.write(f"Epoch [{epoch}/{epochs}], Step [{step}/{steps}], Loss: {loss:.4f}, Perplexity: {ppl:.4f}\n")
         self.lines.write(json.dumps({"epoch": epoch, "step": step, "loss": loss, "perplexity": ppl}) + "\n")
-        if self.board:
-            self.board.add_scalar("train/loss", loss, (epoch - 1) * steps + step)
+        self._show("step", (epoch - 1) * steps + step, {"train/loss": loss})
 
     def epoch(self, record: dict, epochs: int, device: torch.device) -> None:
         scores = ", ".join(f"{name} {100 * value:.1f}" for name, value in record["scores"].items())
@@ -107,12 +116,33 @@ class TrainingLog:
         self.lines.write(json.dumps(record) + "\n")
         if not self.quiet:
             tqdm.write(line)
+        values = {"train/epoch_loss": record["train_loss"], "train/lr": record["lr"]}
+        values |= {"val/loss": record["val_loss"], "val/perplexity": record["val_perplexity"]}
+        values |= {f"val/{name}": value for name, value in record["scores"].items()}
+        self._show("epoch", record["epoch"], values)
+
+    def _show(self, axis: str, position: int, values: Mapping[str, float]) -> None:
         if self.board:
-            self.board.add_scalar("lr", record["lr"], record["epoch"])
-            for name in ("train_loss", "val_loss", "val_perplexity"):
-                self.board.add_scalar(name.replace("_", "/", 1), record[name], record["epoch"])
-            for name, value in record["scores"].items():
-                self.board.add_scalar(f"val/{name}", value, record["epoch"])
+            for name, value in values.items():
+                self.board.add_scalar(name, value, position)
+        if self.wandb:
+            self.wandb.log({axis: position, **values})
+
+
+def _start_wandb(out: Path, settings: Mapping[str, object]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError('--wandb needs wandb; type pip install "showtell[wandb]"') from None
+    try:
+        project = os.environ.get("WANDB_PROJECT", "showtell")
+        run = wandb.init(project=project, name=out.name, dir=out, config=dict(settings))
+    except wandb.Error as error:  # no key, no connection
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"--wandb: {reason}; type wandb login, or set WANDB_MODE=offline") from None
+    run.define_metric("*", step_metric="epoch")
+    run.define_metric("train/loss", step_metric="step")
+    return run
 
 
 def curves(history: Sequence[dict]) -> tuple[Curve, Curve, Curve]:

@@ -1216,26 +1216,67 @@ def test_progress_shows_loss_perplexity_and_speed(tmp_path, capsys, no_curve):
     assert re.search(r"loss \d\.\d{3}, perplexity \d+\.\d\d, \d+ captions/s", bar)
 
 
-def test_tensorboard(tmp_path, no_curve):
+@pytest.fixture
+def recorded(monkeypatch) -> list[dict]:
+    """What is logged to Weights & Biases, of which only a few functions are here."""
+    rows: list[dict] = []
+    run = SimpleNamespace(log=rows.append, define_metric=lambda *_, **__: None, finish=lambda: rows.append({}))
+    init = lambda **options: rows.append(options) or run  # noqa: E731
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=KeyError))
+    return rows
+
+
+def test_tensorboard_and_wandb_show_the_same_numbers(recorded, tmp_path, no_curve):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer = trainer_in(tmp_path, PLAIN, tensorboard=True)
+    trainer = trainer_in(tmp_path / "run", PLAIN, tensorboard=True, wandb=True)
     history = trainer.fit(progress=False)
-    events = EventAccumulator(str(tmp_path)).Reload()
-    assert [event.value for event in events.Scalars("train/loss")][: len(trainer.loader)] == pytest.approx(
-        losses(tmp_path)[: len(trainer.loader)]
-    )
-    assert {event.step for event in events.Scalars("train/loss")} >= set(range(1, 2 * len(trainer.loader) + 1))
-    assert [e.value for e in events.Scalars("lr")] == pytest.approx([r["lr"] for r in history])
-    assert [e.value for e in events.Scalars("val/loss")] == pytest.approx([r["val_loss"] for r in history])
-    assert [e.value for e in events.Scalars("val/CIDEr")] == pytest.approx([r["scores"]["CIDEr"] for r in history])
+    options, *rows, end = recorded
+    assert (options["name"], options["config"]["lr"], options["config"]["seed"], end) == ("run", 1e-3, 0, {})
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    shown = {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    logged: dict[str, dict[int, float]] = {}
+    for row in rows:
+        (axis,) = row.keys() & {"step", "epoch"}
+        for name in row.keys() - {axis}:
+            logged.setdefault(name, {})[row[axis]] = pytest.approx(row[name])
+    assert shown == logged
+    assert list(shown["train/loss"].values()) == pytest.approx(losses(tmp_path / "run"))
+    assert list(shown["train/loss"]) == list(range(1, 2 * len(trainer.loader) + 1))
+    for name, values in {
+        "train/lr": [r["lr"] for r in history],
+        "train/epoch_loss": [r["train_loss"] for r in history],
+        "val/loss": [r["val_loss"] for r in history],
+        "val/CIDEr": [r["scores"]["CIDEr"] for r in history],
+    }.items():
+        assert list(shown[name].values()) == pytest.approx(values), name
 
 
-def test_tensorboard_that_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=r'--tensorboard needs tensorboard; type pip install "showtell\[tensorboard\]"'):
-        trainer_in(tmp_path, tensorboard=True).fit(progress=False)
+def test_wandb_offline(tmp_path, no_curve, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (record, *_) = trainer_in(tmp_path, PLAIN.with_settings({"epochs": 1}), wandb=True).fit(progress=False)
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for part in ("train/loss", "train/lr", "val/CIDEr", f"{record['val_loss']:.9f}"[:-2], "hidden_size"):
+        assert part.encode() in log.read_bytes(), part
+
+
+def test_wandb_without_a_key_is_one_sentence(tmp_path, monkeypatch):
+    def init(**_: object) -> None:
+        raise KeyError("api_key not configured (no-tty).")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=KeyError))
+    with pytest.raises(UserError, match=r"--wandb: .*api_key not configured.*; type wandb login, or set WANDB_MODE="):
+        trainer_in(tmp_path, wandb=True).fit(progress=False)
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_a_log_whose_package_is_not_installed(name, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf'--{name} needs {name}; type pip install "showtell\[{name}\]"'):
+        trainer_in(tmp_path, **{name: True}).fit(progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
 
 
