@@ -109,7 +109,7 @@ def _explained(repo: str, revision: str) -> Iterator:
         given = f"there is no model {repo} at {server}, or it is private"
         raise MissingFileError(f"{given}; check the name, or {_LOGIN}") from None
     except errors.RevisionNotFoundError:
-        raise MissingFileError(f"{repo} has no revision {revision}; see {server}/{repo}/commits/main") from None
+        raise MissingFileError(f"{repo} has no revision {revision}; choose one at {server}/{repo}") from None
     except errors.LocalEntryNotFoundError:
         given = f"{server} cannot be reached, or HF_HUB_OFFLINE is set, and the cache does not have {repo}"
         raise MissingFileError(f"{given}; load it once with a connection") from None
@@ -131,7 +131,7 @@ def _explained(repo: str, revision: str) -> Iterator:
 def model_card(checkpoint: Checkpoint, repo: str, license: str = "") -> str:
     """Return the README.md of a repository: metadata for the hub, and for people what the checkpoint's metadata tell.
 
-    Without a `license`, it is `mit` for a model of the synthetic data, and else `other`: that of the training data.
+    Without a `license`, it is `other`: that of the training data.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
@@ -145,7 +145,6 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str = "") -> str:
     )
     encoder, decoder = config["encoder"], config["decoder"]
     named = [name for name in str(run.get("dataset", "")).split(",") if name]
-    data = [name for name in named if name != "folder"]
     trained_on = " and ".join("its author's own images" if name == "folder" else name for name in named)
     trained_on = trained_on or "data that the checkpoint does not name"
     scores = {name: value for name, value in record.get("scores", {}).items() if name in labels()}
@@ -158,11 +157,11 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str = "") -> str:
         for name, value in scores.items()
     ]  # fmt: skip
     front = ModelCardData(
-        license=license or ("mit" if data == ["synthetic"] else "other"),
+        license=license or "other",
         library_name="showtell",
         pipeline_tag="image-to-text",
         tags=["image-captioning", "showtell", decoder["name"], encoder["backbone"]],
-        datasets=data or None,
+        datasets=[name for name in named if name != "folder"] or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         model_name=repo.partition("/")[2] if results else None,
         eval_results=results or None,
@@ -222,7 +221,7 @@ Decoding by default: {defaults}.
 
 ## Training
 
-{training}.
+{training}. If training started from another model, the data of that model are not recorded here.
 
 ## Scores
 
