@@ -1,4 +1,4 @@
-"""The command line: `showtell demo | train | evaluate | calibrate | score | caption | export | …`, each with `--help`.
+"""The command line: `showtell demo | train | evaluate | calibrate | score | caption | app | …`, each with `--help`.
 
 A user's mistake prints one sentence on standard error, never a traceback. Exit codes: 0 success, 1 an image could not
 be captioned or is damaged, 2 a mistake, 130 stopped by Ctrl-C.
@@ -296,6 +296,12 @@ def _write_gallery(path: str, done: list, score_name: str, made_by: str) -> None
     write_page(path, "Captions", f"Captions by {made_by}.", tiles, [Gallery("Images", cards, "", score_name)])
 
 
+def _app(args: argparse.Namespace) -> int:
+    from showtell.app import serve
+
+    return serve(args.model, args.compare, args.host, args.port)
+
+
 def _export(args: argparse.Namespace) -> int:
     from showtell.captioner import find_images, find_model, model_name
     from showtell.checkpoint import load_checkpoint, save_checkpoint
@@ -364,6 +370,7 @@ COMMANDS = {
     "calibrate": _calibrate,
     "score": _score,
     "caption": _caption,
+    "app": _app,
     "export": _export,
     "push": _push,
     "import-legacy": _import_legacy,

@@ -117,6 +117,12 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     output.add_argument("--html", metavar="FILE", help="write a page with the images")
     _add_common(caption)
 
+    app = add("app", "serve a page in the browser that captions images, until Ctrl-C")
+    _add_model(app)
+    app.add_argument("--compare", metavar="M", help="second model, to compare captions of the same image")
+    app.add_argument("--host", default="127.0.0.1", metavar="H", help="0.0.0.0: for other machines (default 127.0.0.1)")
+    app.add_argument("--port", type=_int, default=7860, metavar="N", help="default 7860; 0: any that is free")
+
     export = add("export", "write a model for sharing: with smaller weights, or as other repositories' files")
     _add_model(export)
     export.add_argument(
