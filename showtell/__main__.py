@@ -7,19 +7,15 @@ be captioned or is damaged, 2 a mistake, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from showtell.arguments import build_parser
-from showtell.errors import UserError, explain, json_text, print_text, printable
-from showtell.files import atomic_path
+from showtell.errors import UserError, explain, json_text, print_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,56 +188,37 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _caption(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_images, load, model_name
+    from tqdm import tqdm
+
+    from showtell.captioner import load, model_name
+    from showtell.outputs import CaptionWriter
+    from showtell.sources import find_sources
 
     options = _decoding(args)
-    _check_outputs([args.csv, args.html])
-    paths = find_images(args.sources)
+    _check_outputs([args.csv, args.jsonl, args.html], args.attention)
+    sources = find_sources(args.sources, args.allow_private, keep=bool(args.html or args.attention))
     captioner = load(args.model, args.device, args.precision, args.engine)
-    least = args.min_confidence
-    if least is not None and captioner.calibration is None:
+    if args.min_confidence is not None and captioner.calibration is None:
         raise UserError("--min-confidence needs a model with a confidence; showtell calibrate --model M adds it")
-    results = captioner.caption_files(paths, **options)
-    if len(paths) > 32:
-        from tqdm import tqdm
-
-        results = tqdm(results, total=len(paths), desc="captions", unit=" images")
-    done, broken, damaged = [], [], False
-    for path, result in results:
-        if isinstance(result, UserError):
-            broken.append((path, result))
-            continue
-        if least is not None and not args.json:
-            unsure = {"text": "not sure", "words": [], "word_probs": []}
-            result = [replace(c, **unsure) if c.confidence < least else c for c in result]
-        done.append((path, result))
-        damaged |= _note_frames(path)
-        if not (args.json or args.csv or args.html):
-            for caption in result:
-                print_text(f"{path}: {caption.text}" if len(paths) > 1 else caption.text)
-    if args.json:
-        sure = (lambda c: {}) if least is None else (lambda c: {"sure": c.confidence >= least})
-        rows = [{"image": str(path), "captions": [c.to_dict() | sure(c) for c in captions]} for path, captions in done]
-        rows += [{"image": str(path), "captions": [], "error": str(error)} for path, error in broken]
-        print_text(json_text(rows))
-    elif args.csv:
-        table = io.StringIO()
-        writer = csv.writer(table)
-        columns = ["score", "confidence"] if captioner.calibration else ["score"]
-        writer.writerow(["image", "caption", *columns])
-        writer.writerows([path, c.text, *map(c.to_dict().get, columns)] for path, captions in done for c in captions)
-        with atomic_path(args.csv) as temporary:  # names that are not UTF-8 keep their bytes
-            temporary.write_bytes(table.getvalue().encode("utf-8", "surrogateescape"))
-    elif args.html:
-        made_by = f"{model_name(args.model)} ({captioner.engine.description})"
-        _write_gallery(args.html, done, "confidence" if captioner.calibration else "score", made_by)
-    if target := args.csv or args.html:
-        _say(f"{len(done)} images captioned in {target}")
-    for _, error in broken:
-        _say(f"showtell: {error}")
-    if broken and len(paths) > 1:
-        _say(f"showtell: {len(broken)} of {len(paths)} images could not be read")
-    return 1 if broken or damaged else 0
+    outputs = {name: getattr(args, name) for name in "csv jsonl html json attention min_confidence quiet".split()}
+    outputs["made_by"] = f"{model_name(args.model)} ({captioner.engine.description})"
+    writer = CaptionWriter(sources, captioner.transform, calibrated=captioner.calibration is not None, **outputs)
+    for folder in {Path(file).parent for file in (args.csv, args.jsonl, args.html) if file}:
+        if not folder.exists():
+            writer.note(f"the folder {folder} is new")
+    left = writer.resume(args.n_best or 1, args.workers) if args.resume else sources
+    alphas = bool(args.html or args.attention)
+    results = captioner.caption_stream(left, args.batch_size, args.workers, alphas=alphas, **options)
+    disable = args.quiet or len(left) <= 32
+    try:
+        for i, result in tqdm(results, total=len(left), desc="captions", unit=" images", disable=disable):
+            writer.add(left[i], result)
+    except KeyboardInterrupt:
+        if not writer.tables:
+            raise
+        _say(f"showtell: stopped after {writer.n_done} images; to caption the others, add --resume to the same command")
+        return 130
+    return writer.finish()
 
 
 def _decoding(args: argparse.Namespace) -> dict[str, object]:
@@ -256,24 +233,12 @@ def _decoding(args: argparse.Namespace) -> dict[str, object]:
     return given | ({"strategy": "sample", "seed": args.seed} if args.sample else {})
 
 
-def _note_frames(path: Path) -> bool:
-    """Report an image of several frames; return whether a later one is damaged."""
-    from showtell.transforms import frames
-
-    if path.suffix.lower() in (".gif", ".webp", ".tif", ".tiff"):
-        try:
-            if (n := frames(path)) > 1:
-                _say(f"note: {path} has {n} frames; its first is captioned")
-        except UserError:
-            _say(f"note: {path} is damaged after its first frame, which is captioned")
-            return True
-    return False
-
-
 def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> None:
     """Refuse, before the work, outputs that could not be written after it."""
     files = [Path(file) for file in files if file]
-    for file in files:
+    for i, file in enumerate(files):
+        if file in files[:i]:
+            raise UserError(f"{file} is named for two outputs; give each a file of its own")
         if file.exists() and not file.is_file():
             kind = "a folder" if file.is_dir() else "no regular file (a pipe or a device)"
             raise UserError(f"{file} is {kind}; name the file to write")
@@ -283,19 +248,6 @@ def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> No
             raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
-def _write_gallery(path: str, done: list, score_name: str, made_by: str) -> None:
-    from showtell.report import Card, Gallery, Tile, write_page
-
-    cards = []
-    for image, (best, *others) in done:
-        texts = [caption.text for caption in others]
-        score = best.score if best.confidence is None else best.confidence
-        options = {"pieces": best.pieces, "word_probs": best.word_probs, "score": score, "alternatives": texts}
-        cards.append(Card(image, printable(image.name), best.text, **options))
-    tiles = [Tile("images", len(done)), Tile("distinct captions", len({card.predicted for card in cards}))]
-    write_page(path, "Captions", f"Captions by {made_by}.", tiles, [Gallery("Images", cards, "", score_name)])
-
-
 def _app(args: argparse.Namespace) -> int:
     from showtell.app import serve
 
@@ -303,9 +255,10 @@ def _app(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from showtell.captioner import find_images, find_model, model_name
+    from showtell.captioner import find_model, model_name
     from showtell.checkpoint import load_checkpoint, save_checkpoint
     from showtell.legacy import export_legacy
+    from showtell.sources import find_images
 
     if args.int8 != bool(args.calibrate) or (args.int8 and args.format != "onnx"):
         raise UserError("--int8 and --calibrate go together, with --format onnx; give both, or neither")

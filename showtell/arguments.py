@@ -91,31 +91,8 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
 
     _add_score(add("score", "score any captions against references, without a model"))
 
-    caption = add("caption", "caption images and folders of images")
-    caption.add_argument("sources", nargs="+", metavar="IMAGE|FOLDER")
-    _add_model(caption, "auto")
-    summary = "auto (default) is ONNX Runtime if it is installed and the model is exported, else torch"
-    caption.add_argument("--engine", choices=["auto", "torch", "onnx"], default="auto", help=summary)
-    caption.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
-    for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
-        ("--n-best", _int, "captions per image (default 1)"),
-        ("--beam-size", _int, "beam size; 1 is greedy (default 5)"),
-        ("--temperature", _number, "with --sample: above 1, more varied (default 1)"),
-        ("--top-k", _int, "with --sample: use the N most likely words only"),
-        ("--top-p", _number, "with --sample: use the most likely words that together reach probability N"),
-        ("--min-len", _int, "fewest words (default 0)"),
-        ("--max-len", _int, "most words (default 25, or the model's own)"),
-        ("--length-penalty", _number, "divide scores by length ** N (default 0.7, or the model's own)"),
-        ("--no-repeat-ngram", _int, "never repeat N words in a row"),
-    ):
-        caption.add_argument(flag, type=kind, metavar="N", help=summary)
-    summary = 'show "not sure" instead of captions of lower confidence, from 0 to 1 (--json adds "sure": false)'
-    caption.add_argument("--min-confidence", type=_share, metavar="P", help=summary)
-    output = caption.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print one JSON document")
-    output.add_argument("--csv", metavar="FILE", help="write a table of image, caption, score, confidence")
-    output.add_argument("--html", metavar="FILE", help="write a page with the images")
-    _add_common(caption)
+    caption = add("caption", "caption images: files, folders, patterns, web links, standard input")
+    _add_caption(caption)
 
     app = add("app", "serve a page in the browser that captions images, until Ctrl-C")
     _add_model(app)
@@ -183,6 +160,12 @@ def _number(text: str, kind: type = float) -> float:
 _int = partial(_number, kind=int)
 
 
+def _count(text: str) -> int:
+    if (value := _int(text)) >= 1:
+        return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of images or threads; give 1 or more")
+
+
 def _share(text: str) -> float:
     if 0 <= (value := _number(text)) <= 1:
         return value
@@ -206,6 +189,44 @@ def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
         parser.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default=precision, help=summary)
         summary = "style of the captions, of a model trained with several (condition_on_source)"
         parser.add_argument("--style", metavar="NAME", help=summary)
+
+
+def _add_caption(parser: argparse.ArgumentParser) -> None:
+    add, parser.usage = parser.add_argument, "%(prog)s [options] IMAGE [IMAGE ...]"
+    summary = "image file; folder, searched recursively; quoted pattern, like 'photos/*.jpg'; web link; or -, standard"
+    add("sources", nargs="+", metavar="IMAGE", help=f"{summary} input: an image, or a list of these, one a line")
+    add("--allow-private", action="store_true", help="follow links into the local network, too")
+    _add_model(parser, "auto")
+    summary = "auto (default) is ONNX Runtime if it is installed and the model is exported, else torch"
+    add("--engine", choices=["auto", "torch", "onnx"], default="auto", help=summary)
+    add("--batch-size", type=_count, default=32, metavar="N", help="images captioned at once (default 32)")
+    add("--workers", type=_count, default=2, metavar="N", help="threads that read images (default 2)")
+    decoding = parser.add_argument_group("decoding")
+    decoding.add_argument("--sample", action="store_true", help="sample captions instead of searching for the best")
+    for flag, kind, summary in (  # None where a flag is not given: `Captioner.decode` has the defaults
+        ("--n-best", _int, "captions per image (default 1)"),
+        ("--beam-size", _int, "beam size; 1 is greedy (default 5)"),
+        ("--temperature", _number, "with --sample: above 1, more varied (default 1)"),
+        ("--top-k", _int, "with --sample: draw from the N most likely words only (default 0: from all)"),
+        ("--top-p", _number, "with --sample: draw from the fewest words of total probability N (default 1: from all)"),
+        ("--min-len", _int, "fewest words (default 0)"),
+        ("--max-len", _int, "most words (default 25, or the model's own)"),
+        ("--length-penalty", _number, "divide scores by length ** N (default 0.7, or the model's own)"),
+        ("--no-repeat-ngram", _int, "never repeat N words in a row (default 0: allowed)"),
+    ):
+        decoding.add_argument(flag, type=kind, metavar="N", help=summary)
+    output = parser.add_argument_group("output", "Without a file or --json, captions are printed, one a line.")
+    add = output.add_argument
+    add("--json", action="store_true", help="print one JSON document")
+    add("--csv", metavar="FILE", help="write a table: image, caption, score, confidence if the model has one, SHA-256")
+    add("--jsonl", metavar="FILE", help="write a JSON object per image, one a line, with words and errors")
+    add("--html", metavar="FILE", help="write a page with the images and, of a model with attention, its maps")
+    add("--attention", metavar="DIR", help="write attention maps: a folder per image, a PNG per word")
+    add("--resume", action="store_true", help="keep what --csv and --jsonl hold, and caption the other images")
+    summary = 'show "not sure" instead of captions of lower confidence, from 0 to 1 (JSON adds "sure": false)'
+    add("--min-confidence", type=_share, metavar="P", help=summary)
+    add("--quiet", action="store_true", help="no progress bar and no notes; errors are still printed")
+    _add_common(parser)
 
 
 def _add_score(parser: argparse.ArgumentParser) -> None:

@@ -24,7 +24,8 @@ from showtell.errors import MissingFileError, UserError
 from showtell.files import require_regular_file
 from showtell.image_stream import LoadedImage, stream_images
 from showtell.onnx_engine import HEADER, OnnxEngine, find_export
-from showtell.transforms import IMAGE_SUFFIXES, BrokenImageError, Source
+from showtell.sources import ImageSource, is_link
+from showtell.transforms import BrokenImageError, Source
 from showtell.vocabulary import Vocabulary, spell_words
 
 if TYPE_CHECKING:
@@ -105,12 +106,13 @@ class Captioner:
     def encode(self, images: Source | Sequence[Source]) -> Array:
         """Encode images as the decoder's input, `(B, E)` or `(B, L, E)`, to be decoded any number of times.
 
-        An image is a path, a file's bytes, a PIL image, an array, or a uint8 tensor. Raises as
-        `showtell.transforms.read_image` does, and a `UserError` if the images give grids of different sizes.
+        An image is a path, a web link (see `showtell.sources.fetch`), a file's bytes, a PIL image, an array, or a uint8
+        tensor. Raises as `showtell.transforms.read_image` does, and a `UserError` if the images give grids of different
+        sizes.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         parts = []
-        for batch in stream_images(images, self.transform, as_arrays=self.engine.as_arrays):
+        for batch in self._stream(images):
             if error := next((image.error for image in batch if image.error), None):
                 raise error
             parts += [features for _, features, _ in self._encode(batch)]
@@ -118,6 +120,10 @@ class Captioner:
             proportions = "of equal proportions where this model keeps them"
             raise UserError(f"{len(images)} images do not fit in one batch; give one or more, {proportions}")
         return library(parts[0]).concatenate(parts)
+
+    def _stream(self, sources: Iterable, batch_size: int = 32, workers: int = 2) -> Iterator[list[LoadedImage]]:
+        opened = (ImageSource(source) if is_link(source) else source for source in sources)
+        return stream_images(opened, self.transform, batch_size, workers, self.engine.as_arrays)
 
     def _encode(self, images: list[LoadedImage]) -> list[tuple[list[LoadedImage], Array, tuple[int, int] | None]]:
         """Encode images in batches of one size each: `(images, features, (rows, columns) of the grid)` per batch."""
@@ -184,16 +190,21 @@ class Captioner:
         return captions
 
     def caption_stream(
-        self, sources: Sequence[Source | Callable[[], Tensor]], batch_size: int = 32, workers: int = 2, **options: float
+        self,
+        sources: Iterable[Source | Callable[[], Tensor | bytes]],
+        batch_size: int = 32,
+        workers: int = 2,
+        **options: float,
     ) -> Iterator[tuple[int, list[Caption] | BrokenImageError | MissingFileError]]:
         """Caption any number of images, reading the next ones, in threads, while the model runs.
 
-        A source is anything `encode` reads, or a function that returns a uint8 `(3, H, W)` tensor; `options` are those
-        of `decode`. Yield the index of each source, in order, with its captions or the error that prevented them.
+        A source is anything `encode` reads, or a function that returns a uint8 `(3, H, W)` tensor or a file's bytes;
+        `options` are those of `decode`. Yield the index of each source, in order, with its captions or the error that
+        prevented them.
         """
         if isinstance(options.get("seed", 0), int):  # one generator for all batches, or each would draw the same
             options["seed"] = self.engine.generator(options.get("seed", 0))
-        for batch in stream_images(sources, self.transform, batch_size, workers, self.engine.as_arrays):
+        for batch in self._stream(sources, batch_size, workers):
             results = {image.index: image.error for image in batch}
             for images, features, grid in self._encode([image for image in batch if image.error is None]):
                 captions = self.decode(features, **({"grid": grid} | options))
@@ -202,9 +213,9 @@ class Captioner:
 
     def caption_files(
         self, paths: Iterable[str | os.PathLike], batch_size: int = 32, **options: float
-    ) -> Iterator[tuple[Path, list[Caption] | BrokenImageError | MissingFileError]]:
-        """Caption any number of files; as `caption_stream`, but yields each path instead of its index."""
-        paths = [Path(path) for path in paths]
+    ) -> Iterator[tuple[Path | str, list[Caption] | BrokenImageError | MissingFileError]]:
+        """Caption any number of files and links; as `caption_stream`, but yields each path instead of its index."""
+        paths = [path if is_link(path) else Path(path) for path in paths]
         for index, result in self.caption_stream(paths, batch_size, **options):
             yield paths[index], result
 
@@ -285,25 +296,3 @@ def model_name(model: str | os.PathLike | None = None) -> str:
     """Return a model's name for titles: of its file, and for `best` and `last` of the run folder, too; no path."""
     names = [(path.absolute().parent.name, path.stem) for path in find_models(model)]
     return ", ".join(f"{folder}/{name}" if name in ("best", "last") else name for folder, name in names)
-
-
-def find_images(sources: Iterable[str | os.PathLike]) -> list[Path]:
-    """List the images that files and folders name: files as given, folders searched recursively, sorted by name.
-
-    A source that does not exist raises a `MissingFileError`; a folder without images, a pipe or a device a `UserError`.
-    """
-    found: list[Path] = []
-    for source in map(Path, sources):
-        if source.is_dir():
-            paths = (path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            inside = sorted(path for path in paths if not path.is_dir())
-            if not inside:
-                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-                raise UserError(f"the folder {source} holds no images ({suffixes}); name another")
-            found += inside
-        elif not source.exists():
-            raise MissingFileError(f"there is no {source}; give images, or folders of images")
-        else:
-            require_regular_file(source, "image", "give images, or folders of images")
-            found.append(source)
-    return found

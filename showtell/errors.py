@@ -58,7 +58,7 @@ def print_text(text: str, stream: TextIO | None = None) -> None:
     print(printable(text).encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
 
 
-def json_text(value: object) -> str:
+def json_text(value: object, indent: int | None = 1) -> str:
     """Return a JSON document that any program can read; a file name that is not UTF-8 reads back as it was."""
-    text = json.dumps(value, indent=1, ensure_ascii=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     return re.sub("[\ud800-\udfff]", lambda lone: f"\\u{ord(lone[0]):04x}", text)

@@ -242,6 +242,38 @@ def write_figure(
         return _save(figure, path)
 
 
+def spread_map(alpha: Any, size: tuple[int, int], region: Sequence[float] = (0, 0, 1, 1)) -> Any:
+    """Return an attention map (rows, columns) as an array (H, W) over a whole image, its highest value 1.
+
+    `size` is the image's width and height; `region` the part that the network saw, see `Transform.region`.
+    """
+    import numpy as np
+    from PIL import Image
+
+    left, top, right, bottom = (round(share * side) for share, side in zip(region, (*size, *size), strict=True))
+    alpha = np.asarray(alpha, np.float32)
+    part = Image.fromarray(alpha / alpha.max()).resize((right - left, bottom - top), Image.Resampling.BICUBIC)
+    whole = np.zeros(size[::-1], np.float32)
+    whole[top:bottom, left:right] = np.clip(part, 0, 1)
+    return whole
+
+
+def write_attention(path: str | os.PathLike, image: Any, weights: Any, word: str) -> Path:
+    """Write a PNG of an image in light grey under the map of a word, (H, W) from 0 to 1, with the word as its title."""
+    import numpy as np
+
+    grey = pixels(image).mean(2)
+    height, width = grey.shape
+    with _style():
+        figure = _figure(480, 480 * height / width + 30)
+        axes = figure.subplots()
+        axes.imshow(0.3 + 0.7 * grey / 255, cmap="gray", vmin=0, vmax=1)
+        axes.imshow(weights, cmap="plasma", vmin=0, vmax=1, alpha=0.8 * np.asarray(weights))
+        axes.set_title(clipped(word, 40), size=14)
+        axes.set_axis_off()
+        return _save(figure, path)
+
+
 def pixels(image: Any) -> Any:
     """Return anything `showtell.transforms.read_image` reads as a uint8 array of shape (H, W, 3)."""
     import numpy as np

@@ -12,7 +12,7 @@ import hashlib
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -38,7 +38,7 @@ class LoadedImage(NamedTuple):
 
 
 def stream_images(
-    sources: Sequence[Source | Callable[[], Tensor]],
+    sources: Iterable[Source | Callable[[], Tensor | bytes]],
     transform: Transform,
     batch_size: int = 32,
     workers: int = 2,
@@ -47,25 +47,27 @@ def stream_images(
     """Read images in order and yield them in batches, at most a batch ahead of the caller.
 
     Args:
-        sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor.
+        sources: anything `read_image` reads, or functions that return a uint8 `(3, H, W)` tensor or a file's bytes; the
+            `name` of a function, if it has one, is in the message about an image that cannot be read.
         transform: turns an image into the network's input.
         batch_size: images per batch; the last may have fewer. workers: the number of threads that read.
         as_arrays: whether pixels are NumPy arrays, made without torch and without digests, rather than tensors.
     """
 
-    def load(numbered: tuple[int, Source | Callable[[], Tensor]]) -> LoadedImage:
+    def load(numbered: tuple[int, Source | Callable[[], Tensor | bytes]]) -> LoadedImage:
         index, source = numbered
-        path = None
+        stamp = path = None
         try:
             if isinstance(source, (str, os.PathLike)):
                 stamp = file_stamp(source)  # before reading: a file that changes meanwhile then counts as unknown
-                path, data = read_bytes(source)
-                if as_arrays:
-                    return LoadedImage(index, transform.to_array(data, path), stamp=stamp)
-                return LoadedImage(index, transform(decode_image(data, path)), None, digest_of(data), stamp)
-            image = source() if callable(source) else source
+                path, image = read_bytes(source)
+            else:
+                path = getattr(source, "name", None) if callable(source) else None
+                image = source() if callable(source) else source
             if as_arrays:
-                return LoadedImage(index, transform.to_array(image))
+                return LoadedImage(index, transform.to_array(image, path), stamp=stamp)
+            if isinstance(image, bytes):
+                return LoadedImage(index, transform(decode_image(image, path)), None, digest_of(image), stamp)
             digest = digest_of_pixels(image) if is_tensor(image) else ""
             return LoadedImage(index, transform(image), None, digest)
         except (BrokenImageError, MissingFileError) as error:

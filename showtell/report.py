@@ -63,10 +63,12 @@ class Card:
     notes: Sequence[str] = ()  # why it is wrong
     alternatives: Sequence[str] = ()  # further predicted captions, such as the rest of an n-best list
     systems: Sequence[tuple[str, str, float | None]] = ()  # instead of `predicted`: name, caption and score of several
+    alphas: Sequence[Any] = ()  # an attention map over the image for each of `pieces`, (rows, columns), at most 1
 
     def __post_init__(self) -> None:
-        if len(self.word_probs) not in (0, len(self.pieces)):
-            raise ValueError(f"card {self.title}: {len(self.pieces)} pieces have {len(self.word_probs)} word_probs")
+        for name in ("word_probs", "alphas"):
+            if (n := len(getattr(self, name))) not in (0, len(self.pieces)):
+                raise ValueError(f"card {self.title}: {len(self.pieces)} pieces have {n} {name}")
 
     @property
     def verdict(self) -> str:
@@ -157,7 +159,7 @@ def write_page(
 
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     environment = Environment(autoescape=True, finalize=finalize, **options)
-    environment.filters |= {"cell": _cell, "data_uri": _data_uri, "sha256": _sha256}
+    environment.filters |= {"cell": _cell, "data_uri": _data_uri, "map_data": _map_data, "sha256": _sha256}
     environment.globals |= {"light": LIGHT, "dark": DARK, "version": __version__}
     template = environment.from_string(resources.files("showtell").joinpath("report.html").read_text("utf-8"))
     tiles = [Tile(*tile) for tile in tiles]
@@ -193,6 +195,11 @@ def _data_uri(image: Any, side: int) -> str:
         thumbnail.save(file, kind, quality=75)  # PNG has no quality and ignores it
     kind = min(files, key=lambda kind: files[kind].getbuffer().nbytes)
     return f"data:image/{kind};base64,{base64.b64encode(files[kind].getvalue()).decode()}"
+
+
+def _map_data(alpha: Any) -> str:
+    """Return an attention map as its number of columns and a hexadecimal digit per cell."""
+    return f"{len(alpha[0])} " + "".join(f"{round(15 * float(weight)):x}" for row in alpha for weight in row)
 
 
 def _sha256(script: str) -> str:

@@ -37,10 +37,18 @@ Source = Union[str, os.PathLike, bytes, "Image.Image", np.ndarray, "torch.Tensor
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "GIF": (".gif",), "WEBP": (".webp",), "BMP": (".bmp",),
     "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm"), "JPEG2000": (".jp2",), "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"),
 }  # fmt: skip
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-_ADVICE = "give a JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000 or AVIF file"
-_OTHERS = {b"%PDF": "it is a PDF", b"%!PS": "it is PostScript", b"\xc5\xd0\xd3\xc6": "it is PostScript"}
+_ADVICE = "give a JPEG, PNG, GIF, WebP, BMP, TIFF, PPM, JPEG 2000, AVIF or HEIC file"
+_HEIF = rb"(?s)....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)"
+# What other files begin with: the first pattern that matches says what a file is.
+_OTHERS = {
+    rb"%PDF": "it is a PDF", rb"%!PS|\xc5\xd0\xd3\xc6": "it is PostScript", rb"PK\x03\x04": "it is a zip archive",
+    rb"\x1f\x8b": "it is compressed with gzip", rb"(?s)....ftyp|\x1aE\xdf\xa3|RIFF....AVI ": "it is a video",
+    rb"(?si)\s*(<\?xml.*?>)?\s*(<!--.*?-->)?\s*(<!doctype svg.*?>)?\s*<svg": "it is an SVG drawing",
+    rb"(?si)\s*(<!--.*?-->)?\s*<(!doctype html|html|head|body)": "it is a web page",
+}  # fmt: skip
 MAX_PIXELS = 178_956_970  # Pillow's own limit, compared with the header before anything is decoded
 MAX_BYTES = 2**32  # of a file: no image of MAX_PIXELS is larger
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -121,7 +129,7 @@ def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
         raise UserError(f"a {type(source).__name__} is not an image; give a path, bytes, a PIL image or an array")
     path = os.fspath(source)
     if os.path.isdir(path):
-        raise _broken(path, "it is a folder", "name an image in it")
+        raise broken_image(path, "it is a folder", "name an image in it")
     try:
         require_regular_file(path, "image", "check its name and folder")
         if os.path.getsize(path) <= MAX_BYTES:
@@ -129,10 +137,10 @@ def read_bytes(source: str | os.PathLike | bytes) -> tuple[str | None, bytes]:
     except MissingFileError:
         raise
     except UserError:
-        raise _broken(path, "it is no regular file (a pipe, a socket or a device)") from None
+        raise broken_image(path, "it is no regular file (a pipe, a socket or a device)") from None
     except OSError as error:
-        raise _broken(path, error.strerror or str(error), "make it readable first") from None
-    raise _broken(path, f"it has more than {MAX_BYTES:,} bytes", "make a smaller copy first")
+        raise broken_image(path, error.strerror or str(error), "make it readable first") from None
+    raise broken_image(path, f"it has more than {MAX_BYTES:,} bytes", "make a smaller copy first")
 
 
 def decode_image(data: bytes, path: str | None = None) -> torch.Tensor:
@@ -249,6 +257,12 @@ class Transform:
         """Return whether the image of this key is mirrored."""
         return self.flip and key is not None and Random(repr(("flip", *key))).random() < 0.5
 
+    def region(self, width: int, height: int) -> tuple[float, float, float, float]:
+        """Return the part of an image that the network sees: left, top, right, bottom, as shares of its sides."""
+        (full_height, full_width), rows, columns = self._place(height, width)
+        left, top = columns.start or 0, rows.start or 0
+        return left / full_width, top / full_height, columns.stop / full_width, rows.stop / full_height
+
     @property
     def size(self) -> int | None:
         """The side S of the output; None if it keeps the image's proportions."""
@@ -297,7 +311,8 @@ def mirror_caption(text: str) -> str:
     return _SIDE.sub(lambda match: _OPPOSITE.get(match[0], match[0]), text)
 
 
-def _broken(path: str | None, reason: str, advice: str = "") -> BrokenImageError:
+def broken_image(path: str | None, reason: str, advice: str = "") -> BrokenImageError:
+    """Return the error for an image that cannot be read; the advice is by default to give an image."""
     error = BrokenImageError(f"{path or 'the image'} cannot be read: {reason}; {advice or _ADVICE}")
     error.path, error.reason = path, reason
     return error
@@ -308,7 +323,7 @@ def _open(data: bytes, path: str | None) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     if not data:
-        raise _broken(path, "it is empty (0 bytes)")
+        raise broken_image(path, "it is empty (0 bytes)")
     with _guarded(path):
         try:
             try:
@@ -316,15 +331,33 @@ def _open(data: bytes, path: str | None) -> Image.Image:
                 image = Image.open(io.BytesIO(data), formats=_known_formats())
             except UnidentifiedImageError:
                 Image.init()
+                if re.match(_HEIF, data):
+                    _register_heif(path)
                 image = Image.open(io.BytesIO(data), formats=_known_formats())
         except UnidentifiedImageError:
-            text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
-            reason = "it holds text" if text else "it is not an image of a known format"
-            reason = next((other for start, other in _OTHERS.items() if data.startswith(start)), reason)
-            raise _broken(path, reason) from None
+            reason = "it holds text" if is_text(data) else "it is not an image of a known format"
+            raise broken_image(path, other_kind(data) or reason) from None
         if image.width * image.height > MAX_PIXELS:  # for programs that switch Pillow's own limit off
             raise Image.DecompressionBombError
         return image
+
+
+def is_text(data: bytes) -> bool:
+    """Return whether a file begins as text does."""
+    return all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:512])
+
+
+def other_kind(data: bytes) -> str:
+    """Return what a file is that is no image, such as "it is a PDF"; empty where that is unknown."""
+    return next((kind for start, kind in _OTHERS.items() if re.match(start, data[:2048])), "")
+
+
+def _register_heif(path: str | None) -> None:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise broken_image(path, "it is a HEIC image", 'type pip install "showtell[heif]"') from None
+    pillow_heif.register_heif_opener()
 
 
 def _known_formats() -> list[str]:
@@ -345,10 +378,10 @@ def _guarded(path: str | None) -> Iterator[None]:
         raise
     except Image.DecompressionBombError:
         reason = f"it has more than {MAX_PIXELS / 1e6:.0f} million pixels"
-        raise _broken(path, reason, "make a smaller copy first") from None
+        raise broken_image(path, reason, "make a smaller copy first") from None
     except Exception as error:  # decoders fed a damaged file raise nearly anything
         reason = str(error).rstrip(".") or type(error).__name__
-        raise _broken(path, f"it is damaged or cut short ({reason})") from error
+        raise broken_image(path, f"it is damaged or cut short ({reason})") from error
 
 
 @cache

@@ -14,12 +14,13 @@ from PIL import Image
 
 import showtell
 from showtell import released, synthetic
-from showtell.captioner import Caption, find_images, find_model, load
+from showtell.captioner import Caption, find_model, load
 from showtell.checkpoint import load_checkpoint, save_checkpoint
 from showtell.decoders import DECODERS
 from showtell.decoding import Hypothesis, beam_search, greedy
 from showtell.errors import MissingFileError, UserError
 from showtell.model import CaptionModel
+from showtell.sources import find_images
 from showtell.transforms import BrokenImageError, Transform, read_image
 from showtell.vocabulary import Vocabulary
 

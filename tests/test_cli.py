@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import io
 import json
 import math
@@ -170,7 +171,7 @@ def test_every_command_has_a_short_help(command, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert f"usage: showtell {command or ''}" in text
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 70
     listed = {None: COMMANDS, "train": RECIPES}.get(command, ())
     assert all(name in "".join(text.split()) for name in listed)
 
@@ -180,11 +181,14 @@ def test_every_command_has_a_short_help(command, capsys):
     [
         ([], ["COMMAND", "showtell --help"]),
         (["paint"], ["'paint'", "caption", "score", "showtell --help"]),
-        (["caption"], ["IMAGE|FOLDER", "showtell caption --help"]),
+        (["caption"], ["IMAGE", "showtell caption --help"]),
         (["caption", "a.jpg", "--beam", "big"], ["--beam-size", "'big'", "showtell caption --help"]),
         (["caption", "a.jpg", "--loud"], ["--loud", "showtell --help"]),
-        (["caption", "a.jpg", "--json", "--csv", "c.csv"], ["--csv", "not allowed with", "--json"]),
-        (["caption", "a.jpg", "--csv", "c.csv", "--html", "c.html"], ["--html", "not allowed with", "--csv"]),
+        (["caption", "a.jpg", "--jsonl", "c.csv", "--csv", "c.csv"], ["c.csv is named for two outputs", "of its own"]),
+        (["caption", "a.jpg", "--batch-size", "0"], ["--batch-size", "'0'", "give 1 or more"]),
+        (["caption", "a.jpg", "--workers", "-2"], ["--workers", "'-2'", "give 1 or more"]),
+        (["caption", "'*.jpg"], ["no image matches '*.jpg", "give images"]),
+        (["caption", "a.jpg", "--attention", "/dev/null"], ["/dev/null is not a folder", "choose another path"]),
         (["caption", "a.jpg", "--n-best", "x"], ["--n-best", "'x'", "showtell caption --help"]),
         (["caption", "a.jpg", "--sample", "--beam-size", "3"], ["--sample", "--beam-size", "leave one of them out"]),
         (["caption", "a.jpg", "--temperature", "0.5"], ["--temperature", "add --sample"]),
@@ -290,7 +294,7 @@ def test_an_error_of_the_system_is_one_sentence(error, sentence, model, images, 
     def fails(*_):
         raise error
 
-    monkeypatch.setattr("showtell.__main__.atomic_path", fails)
+    monkeypatch.setattr("showtell.outputs.atomic_path", fails)
     arguments = ["caption", str(images / "00000.png"), "--model", str(model), "--csv", "captions.csv"]
     assert refused(arguments) == f"showtell: {sentence}"
 
@@ -317,7 +321,7 @@ def test_one_image_prints_its_caption_alone(model, images, done):
 
 def test_several_images_and_folders_name_each(model, images, done):
     out = done(caption(model, images / "00002.png", images)).out.splitlines()
-    names = ["00002.png", "00000.png", "00001.png", "00002.png", "deep/last.png"]
+    names = ["00002.png", "00000.png", "00001.png", "deep/last.png"]  # each once
     captioner = load(model, "cpu")
     paths = [images / name for name in names]
     assert out == [f"{path}: {captioner.caption(path, beam_size=3)[0].text}" for path in paths]
@@ -330,7 +334,8 @@ def test_json_is_one_document_and_nothing_else(model, images, done):
     captioner = load(model, "cpu")
     assert [row["image"] for row in rows] == [str(p) for p in sorted(images.rglob("*.png"))]
     for row in rows:
-        assert list(row) == ["image", "captions"]
+        assert list(row) == ["image", "sha256", "captions"]
+        assert row["sha256"] == hashlib.sha256(Path(row["image"]).read_bytes()).hexdigest()
         expected = captioner.caption(row["image"], beam_size=3, n_best=2)
         assert [c["text"] for c in row["captions"]] == [c.text for c in expected]
         for found, known in zip(row["captions"], expected, strict=True):
@@ -344,7 +349,7 @@ def test_csv_has_a_row_per_caption(model, images, done, tmp_path):
     target = tmp_path / "new" / "captions.csv"
     printed = done([*caption(model, images), "--n-best", "2", "--csv", str(target)])
     assert printed.out == ""
-    assert printed.err == f"4 images captioned in {target}\n"
+    assert printed.err == f"note: the folder {target.parent} is new\n4 images captioned in {target}\n"
     with target.open(newline="") as file:
         rows = list(csv.DictReader(file))
     captioner = load(model, "cpu")

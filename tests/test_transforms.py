@@ -55,9 +55,11 @@ GREY_RGB = np.stack([GREY] * 3, -1)
 @pytest.mark.parametrize("kind", transforms.FORMATS)
 def test_every_documented_format_is_opened_by_its_contents(kind, tmp_path):
     Image.init()
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
     if kind not in Image.OPEN:
         pytest.skip(f"this Pillow has no {kind}")
-    options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF") else {}
+    options = {"quality": 95} if kind in ("JPEG", "WEBP", "AVIF", "HEIF") else {}
     for suffix in (*transforms.FORMATS[kind], ".jpg"):
         path = tmp_path / f"image{suffix}"
         path.write_bytes(encoded(gradient(64, 64), kind, **options))
