@@ -96,6 +96,23 @@ def test_attention_maps_and_samples(pair, images):
     assert cold.words == torch_captioner.caption(images[0], strategy="greedy")[0].words
 
 
+@pytest.mark.parametrize("engine", ["torch", "onnx"])
+def test_every_decoding_flag_reaches_the_engine(engine, checkpoint, exported, images, tmp_path, capsys):
+    path = exported if engine == "onnx" else checkpoint
+    captioner, model = load(path, "cpu"), ["--model", str(path), "--device", "cpu"]
+    searching = {"n_best": 2, "beam_size": 4, "min_len": 3, "max_len": 6, "length_penalty": 0.2, "no_repeat_ngram": 1}
+    sampling = {"n_best": 3, "temperature": 0.7, "top_k": 9, "top_p": 0.8, "min_len": 2, "max_len": 5, "seed": 3}
+    for options, more in ((searching, {}), (sampling, {"strategy": "sample"})):
+        flags = [text for name, value in options.items() for text in ("--" + name.replace("_", "-"), str(value))]
+        maps = tmp_path / f"maps{len(more)}"
+        command = ["caption", str(images[0]), *model, *flags, *(["--sample"] if more else []), "--json"]
+        assert main([*command, "--attention", str(maps)]) == 0
+        (row,) = json.loads(capsys.readouterr().out)
+        expected = captioner.caption(images[0], **options, **more)
+        assert [caption["words"] for caption in row["captions"]] == [caption.words for caption in expected]
+        assert len(list(maps.glob("*/*.png"))) == len(expected[0].words)
+
+
 def test_any_source_of_images(exported, images, tmp_path):
     captioner = load(exported)
     image = Image.open(images[0]).convert("RGB")
