@@ -155,11 +155,9 @@ def alert(sentence: str) -> str:
 
 def _region(transform: Transform, width: int, height: int) -> str:
     """Return the part of an image that the network sees, as CSS: all of it unless the transform crops."""
-    (full_height, full_width), rows, columns = transform.place(height, width)
-    sizes = {"left": columns.start or 0, "width": columns.stop - (columns.start or 0)}
-    across = "".join(f"{name}:{100 * size / full_width:.2f}%;" for name, size in sizes.items())
-    sizes = {"top": rows.start or 0, "height": rows.stop - (rows.start or 0)}
-    return across + "".join(f"{name}:{100 * size / full_height:.2f}%;" for name, size in sizes.items())
+    left, top, right, bottom = transform.region(width, height)
+    sides = {"left": left, "top": top, "width": right - left, "height": bottom - top}
+    return "".join(f"{name}:{share:.2%};" for name, share in sides.items())
 
 
 def preview(image: Image.Image, side: int = 800) -> str:

@@ -210,7 +210,7 @@ class Transform:
         from torchvision.transforms.v2 import functional as F
 
         image = read_image(image)
-        size, rows, columns = self.place(*image.shape[1:], key)
+        size, rows, columns = self._place(*image.shape[1:], key)
         image = F.resize(image, list(size))[:, rows, columns]
         if self.mirror or self.flips(key):
             image = image.flip(-1)
@@ -224,7 +224,7 @@ class Transform:
         in `open_image`.
         """
         image = open_image(image, path)
-        (height, width), rows, columns = self.place(image.height, image.width)
+        (height, width), rows, columns = self._place(image.height, image.width)
         image = image.resize((width, height), 2)  # 2: bilinear, and antialiased, as torchvision's
         pixels = np.asarray(image)[rows, columns, :].transpose(2, 0, 1).astype(np.float32, order="C")
         pixels /= 255
@@ -232,7 +232,7 @@ class Transform:
         pixels /= np.array(self.std, np.float32).reshape(3, 1, 1)
         return np.ascontiguousarray(pixels[:, :, ::-1]) if self.mirror else pixels
 
-    def place(self, height: int, width: int, key: tuple | None = None) -> tuple[tuple[int, int], slice, slice]:
+    def _place(self, height: int, width: int, key: tuple | None = None) -> tuple[tuple[int, int], slice, slice]:
         """Return the size `(height, width)` to resize an image to, and the rows and columns to crop from that."""
         side, short = self.resize, min(height, width)
         if isinstance(side, int) and max(height, width) > 100 * short:  # it would have gigabytes
