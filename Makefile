@@ -15,7 +15,7 @@ help:
 	@echo "make test        all tests except the slow ones"
 	@echo "make test-all    all tests"
 	@echo "make docs        the documentation as a site in build/docs; a warning is an error"
-	@echo "make benchmark   all scripts in benchmarks/"
+	@echo "make benchmark   every stage beside another way of doing it and its limit"
 	@echo "make lint        rules, formatting and package layers: reports, changes nothing"
 	@echo "make format      formats the code and fixes what ruff can fix"
 
@@ -38,7 +38,7 @@ docs:
 
 benchmark:
 	$(READY)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) "$$script" $(ARGS) || exit 1; done
+	@$(PYTHON) benchmarks/performance.py $(ARGS)
 
 lint:
 	$(READY)

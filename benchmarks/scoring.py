@@ -18,12 +18,13 @@ import sys
 import timeit
 from collections.abc import Callable
 
-for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # one core, before numpy is loaded
-    os.environ.setdefault(threads, "1")
+if __name__ == "__main__":
+    for threads in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):  # one core, before numpy is loaded
+        os.environ.setdefault(threads, "1")
 
-from showtell import java_metrics, metrics  # noqa: E402
-from showtell.annotations import read_captions  # noqa: E402
-from showtell.tokenizer import TOKENIZERS, ptb  # noqa: E402
+from showtell import java_metrics, metrics
+from showtell.annotations import read_captions
+from showtell.tokenizer import TOKENIZERS, ptb
 
 N_IMAGES = 5000
 

@@ -18,7 +18,7 @@ FOLDERS = {
     "docs/": "formats, evaluation, your own images, architecture",
     "tests/": "automated tests",
     "tools/": "scripts that produced figures and tables",
-    "benchmarks/": "timings",
+    "benchmarks/": "timings of every stage, beside other ways and limits",
 }
 
 
