@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, SubsetRandomSamp
 from torchvision import transforms
 
 from showtell.datasets import CaptionSet
-from showtell.decoders import Attention, Decoder
+from showtell.decoders import Decoder
 from showtell.tokenizer import TOKENIZERS
 from showtell.transforms import IMAGENET_MEAN, IMAGENET_STD
 from showtell.vocabulary import Vocabulary
@@ -125,7 +125,7 @@ class TutorialAttend(nn.Module):
 
     def __init__(self, feature_size: int, size: int, vocab_size: int) -> None:
         super().__init__()
-        self.attention = Attention(size, feature_size, size)
+        self.key, self.query, self.energy = nn.Linear(feature_size, size), nn.Linear(size, size), nn.Linear(size, 1)
         self.embed = nn.Embedding(vocab_size, size)
         self.lstm = nn.LSTMCell(size + feature_size, size)
         self.start_hidden, self.start_cell = nn.Linear(feature_size, size), nn.Linear(feature_size, size)
@@ -139,8 +139,9 @@ class TutorialAttend(nn.Module):
         logits = grids.new_zeros(len(captions), captions.shape[1] - 1, self.linear.out_features)
         for t in range(int(lengths.max())):
             n = int((lengths > t).sum())
-            keys = self.attention.key(grids[:n])
-            context, _ = self.attention(hidden[:n], keys, grids[:n])
+            seen = torch.relu(self.key(grids[:n]) + self.query(hidden[:n]).unsqueeze(1))  # (n, L, A)
+            alphas = self.energy(seen).softmax(1)  # (n, L, 1)
+            context = (grids[:n] * alphas).sum(1)
             context = torch.sigmoid(self.gate(hidden[:n])) * context
             hidden, cell = self.lstm(torch.cat([words[:n, t], context], 1), (hidden[:n], cell[:n]))
             logits[:n, t] = self.linear(self.dropout(hidden))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from showtell.arrays import repeat_rows
+from showtell.attention import Attention
 from showtell.errors import UserError
 
 IGNORE = -100  # marks padding in a batch of captions; no word has this id, and the loss skips it
@@ -181,23 +182,6 @@ class DecoderEveryStep(_LSTMDecoder):
         return torch.cat([self.embed(words), image.unsqueeze(1).expand(-1, words.shape[1], -1)], -1)  # (N, T, 2E)
 
 
-class Attention(nn.Module):
-    """Soft attention with a one-layer perceptron (Bahdanau et al. 2015; Xu et al. 2015, arXiv 1502.03044, eq. 4-5)."""
-
-    def __init__(self, query_size: int, key_size: int, attention_size: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(query_size, attention_size)
-        self.key = nn.Linear(key_size, attention_size, bias=False)
-        self.energy = nn.Linear(attention_size, 1, bias=False)  # a bias would cancel in the softmax
-
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Query `(N, H)`, keys `(B, L, A)` and values `(B, L, E)` -> context `(N, E)`, weights `(N, L)`."""
-        query = self.query(query).unflatten(0, (keys.shape[0], -1))  # (B, K, A)
-        hidden = (query.unsqueeze(2) + keys.unsqueeze(1)).tanh_()  # (B, K, L, A), the largest tensor of a step
-        alphas = self.energy(hidden).squeeze(-1).softmax(-1)  # (B, K, L)
-        return (alphas @ values).flatten(0, 1), alphas.flatten(0, 1)  # (N, E), (N, L)
-
-
 class _AttendingDecoder(Decoder):
     """The common part of the two LSTM decoders with attention.
 
@@ -286,7 +270,7 @@ class DecoderAttention(_AttendingDecoder):
         features = self._check(features)
         mean = features.mean(1)  # (B, E)
         state = torch.tanh(self.start_hidden(mean)), torch.tanh(self.start_cell(mean))  # (B, H) each
-        return (self.attention.key(features), features), state  # keys (B, L, A), values (B, L, E)
+        return (self.attention.keys(features), features), state  # keys (B, L, A), values (B, L, E)
 
     def _embed(self, words: Tensor) -> Tensor:
         return self.dropout(self.embed(words))  # (…, E)
@@ -323,7 +307,7 @@ class DecoderTopDown(_AttendingDecoder):
         features = self.dropout(torch.relu(self._check(features)))
         image = self.attention_lstm_image(features.mean(1))  # (B, 4H)
         zeros = features.new_zeros(features.shape[0], self.linear.in_features, dtype=torch.float32)  # (B, H)
-        return (self.attention.key(features), features, image), (zeros,) * 4  # keys (B, L, A), values (B, L, E)
+        return (self.attention.keys(features), features, image), (zeros,) * 4  # keys (B, L, A), values (B, L, E)
 
     def _embed(self, words: Tensor) -> Tensor:
         return self.attention_lstm_word(self.dropout(self.embed(words)))  # (…, 4H)

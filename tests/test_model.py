@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from showtell.attention import Attention
 from showtell.checkpoint import load_checkpoint, read_header, save_checkpoint, start_from
 from showtell.decoders import DECODERS, IGNORE, Decoder, DecoderRNN
 from showtell.decoding import STRATEGIES, DecodingOptions, decode
@@ -465,3 +466,25 @@ def test_a_decoder_is_one_class_and_one_registry_line(monkeypatch, tmp_path):
     monkeypatch.setattr(DecoderGRU, "word_parameters", ())
     with pytest.raises(UserError, match=r"decoder\.words\.weight has the shape .* list it in DecoderGRU\.word_param"):
         start_from(other, larger, path)
+
+
+def test_attention_is_that_of_the_paper_and_so_are_its_gradients():
+    """Compare with the formula as Bahdanau et al. write it, with tanh and PyTorch's own gradients."""
+    torch.manual_seed(0)
+    attention = Attention(6, 5, 7).double()
+    query, features = torch.randn(6, 6).double().requires_grad_(), torch.randn(2, 4, 5).double().requires_grad_()
+
+    def written_out() -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = torch.tanh(attention.query(query).view(2, 3, 1, 7) + attention.key(features).unsqueeze(1))
+        alphas = attention.energy(hidden).squeeze(-1).softmax(-1)
+        return (alphas @ features).flatten(0, 1), alphas.flatten(0, 1)
+
+    def gradients(context: torch.Tensor, alphas: torch.Tensor) -> list[torch.Tensor]:
+        loss = context.square().sum() + alphas.pow(3).sum()
+        return torch.autograd.grad(loss, [query, features, *attention.parameters()])
+
+    found, expected = attention(query, attention.keys(features), features), written_out()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradients(*found), gradients(*expected))
+    with torch.no_grad():
+        torch.testing.assert_close(attention(query, attention.keys(features), features), expected)
