@@ -170,6 +170,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
 
 
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Return whether to train in bfloat16: if asked for, or with `auto` on a GPU that has it in hardware."""
+    if precision == "auto":
+        return device.type == "cuda" and has_bfloat16(device)
+    return precision == "bfloat16"
+
+
 _FEATURE_SIZES: dict[str, int] = {}  # of the backbones built so far
 _BUILT_ON_CPU = ("timm/", "regnet")  # these compute with tensors while they are built, which the meta device cannot
 

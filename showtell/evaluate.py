@@ -44,15 +44,14 @@ def mean_loss(
     `on_batch` is called before each batch, and may raise to stop.
     """
     model.eval()
-    nll, words = 0.0, 0
+    found = []  # on the device, which nothing waits for
     for images, captions in batches:
         if on_batch:
             on_batch()
         captions = captions.to(device)
         loss = caption_loss(model(images.to(device), captions)[0], captions)
-        nll += loss.nll.item()
-        words += int(loss.words)
-    return nll / max(1, words)
+        found.append((loss.nll, loss.words))
+    return sum(nll.item() for nll, _ in found) / max(1, sum(int(words) for _, words in found))
 
 
 @torch.no_grad()

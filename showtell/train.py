@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from showtell import __version__, datasets, metrics
-from showtell.backbones import has_bfloat16
+from showtell.backbones import uses_bfloat16
 from showtell.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, save_resume, start_from
 from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader
 from showtell.datasets import CaptionSet
@@ -130,8 +130,10 @@ class Trainer:
             self.optimizer, lambda step: _warm_cosine(step, self.warmup, self.total_steps)
         )
         self.epoch = self.step = 0  # the next to train; `step` counts inside the epoch
-        self.totals = Totals()
-        self.history: list[dict] = []
+        self.totals, self.history = Totals(), []
+        self._unchecked: list[tuple[int, Tensor]] = []  # the losses of the last steps, still on the device
+        # A GPU computes ahead while nothing waits for it. A model that is not finite cannot sample words.
+        self.check_every = 1 if self.device.type == "cpu" or self_critical or recipe.scheduled_sampling else 10
         self.best, self.best_epoch = -math.inf, 0
         self.stop_signal = 0
         # A run that was killed before its first save starts again, with a new log.
@@ -288,18 +290,19 @@ class Trainer:
         sampler = self.loader.batch_sampler
         sampler.epoch, sampler.skip = self.epoch, self.step
         self.loader.dataset.set_epoch(self.epoch)
-        n_steps, epochs = len(self.loader), self.recipe.epochs
-        saved = time.monotonic()
+        n_steps, epochs, saved = len(self.loader), self.recipe.epochs, time.monotonic()
         self.model.train()
         description = f"epoch {self.epoch + 1}/{epochs}"
         with tqdm(total=n_steps, initial=self.step, desc=description, unit=" steps", disable=not progress) as bar:
             started, captions_seen, first = time.monotonic(), 0, self.step
             for images, captions in self.loader:
-                loss, words = self._train_step(images, captions)
-                self.totals.add(loss, words)
+                self._train_step(images, captions)
                 self.step = first + self.loader.drawn  # a batch whose images are all broken counts, for resuming
                 captions_seen += int((captions[..., 0] != IGNORE).sum())
-                if self.step % self.run.print_every == 0 or self.step == n_steps:
+                log_now = self.step % self.run.print_every == 0 or self.step == n_steps
+                if log_now or self.step % 10 == 0:
+                    self._check_steps()
+                if log_now:
                     log.step(self.epoch + 1, epochs, self.step, n_steps, self.totals)
                 if self.step % 10 == 0 or self.step == n_steps:
                     rate = captions_seen / (time.monotonic() - started)
@@ -310,6 +313,7 @@ class Trainer:
                 if time.monotonic() - saved > 60 * self.run.save_minutes:
                     self.save_resume()
                     saved = time.monotonic()
+        self._check_steps()
         sampler.skip = 0
         return {
             "epoch": self.epoch + 1,
@@ -320,18 +324,18 @@ class Trainer:
             "seconds": round(time.monotonic() - started, 1),
         }
 
-    def _train_step(self, images: Tensor, captions: Tensor) -> tuple[float, int]:
-        """Take one step; return the batch's summed negative log-likelihood and its number of words."""
-        images = images.to(self.device, non_blocking=True)
-        captions = captions.to(self.device, non_blocking=True)
+    def _train_step(self, images: Tensor, captions: Tensor) -> None:
+        """Take one step; on a CPU, only if loss and gradient are finite."""
+        images, captions = (part.to(self.device, non_blocking=True) for part in (images, captions))
         with self.autocast():
             features = self.model.encoder(images)
         loss = self.objective(features, captions)
         self.optimizer.zero_grad(set_to_none=True)
         loss.objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        if not (loss.objective.isfinite() & norm.isfinite()):
-            self._refuse_step(loss.objective.item(), norm.item())
+        self._unchecked.append((self.step, torch.stack([loss.objective.detach(), norm, loss.nll, loss.words])))
+        if len(self._unchecked) >= self.check_every:
+            self._check_steps()
         self.optimizer.step()
         self.scheduler.step()
         if self.recipe.ema:
@@ -339,7 +343,15 @@ class Trainer:
         if loss.rewards is not None:
             self.totals.reward += loss.rewards.sum().item()
             self.totals.samples += loss.rewards.numel()
-        return loss.nll.item(), int(loss.words)
+
+    def _check_steps(self) -> None:
+        """Add the losses of the last steps to the totals, or raise if one is not finite; waits for the device."""
+        steps, self._unchecked = self._unchecked, []
+        for step, values in steps:
+            objective, norm, nll, words = values.tolist()
+            if not (math.isfinite(objective) and math.isfinite(norm)):
+                self._refuse_step(step, objective, norm)
+            self.totals.add(nll, int(words))
 
     def _cross_entropy(self, features: Tensor, captions: Tensor) -> Loss:
         """Return the loss of true captions, the objective as a mean over words and with the cost of the attention."""
@@ -356,15 +368,15 @@ class Trainer:
             objective = objective + recipe.attention_cost * doubly_stochastic_penalty(alphas, captions)
         return loss._replace(objective=objective)
 
-    def _refuse_step(self, loss: float, norm: float) -> None:
+    def _refuse_step(self, step: int, loss: float, norm: float) -> None:
         batches = self.loader.batch_sampler
-        batches.skip = self.step
+        batches.skip = step
         indices = next(iter(batches))
         samples: CaptionDataset = self.loader.dataset
         images = samples.image_of[indices] if self.recipe.group == "length" else indices
         names = [str(samples.caption_set.image_ids[i]) for i in dict.fromkeys(map(int, images))]
         raise UserError(
-            f"the loss became {loss:.4g} and the norm of its gradient {norm:.4g} at step {self.step + 1} of epoch "
+            f"the loss became {loss:.4g} and the norm of its gradient {norm:.4g} at step {step + 1} of epoch "
             f"{self.epoch + 1}, in the batch of the images {', '.join(names[:5])}{' …' if len(names) > 5 else ''}; "
             "nothing after the last save is kept: lower lr or clip, or check these images and captions"
         )
@@ -415,6 +427,7 @@ class Trainer:
 
     def save_resume(self) -> None:
         """Write `resume.pt`, which holds all that is needed to continue after this step."""
+        self._check_steps()
         needed = 3 * sum(p.nbytes for p in self.model.parameters())  # Adam keeps two numbers per parameter
         require_free_space(self.out, needed, f"saving {self.out / 'resume.pt'}")
         state = {"showtell": __version__, "recipe": self.recipe.to_dict(), "run": asdict(self.run)}
@@ -470,13 +483,6 @@ class Trainer:
             command = f"showtell train --resume --out {shlex.quote(str(self.out))}"
             where = f"epoch {self.epoch + 1} after step {self.step}"
             raise Stopped(f"stopped in {where}, and saved; to continue, type: {command}")
-
-
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Return whether to compute in bfloat16: if asked for, or with `auto` on a GPU that has it in hardware."""
-    if precision == "auto":
-        return device.type == "cuda" and has_bfloat16(device)
-    return precision == "bfloat16"
 
 
 def _optimizer(model: CaptionModel, recipe: Recipe) -> torch.optim.Optimizer:

@@ -855,8 +855,9 @@ def test_words_are_hidden_from_the_decoder_and_not_from_the_loss(tmp_path):
     with torch.no_grad():
         logits, _ = trainer.model(images, drop_words(captions, 0.5, trainer.vocab.unk_id))
     torch.manual_seed(1)
-    nll, words = trainer._train_step(images, captions)
-    assert (nll, words) == (pytest.approx(caption_loss(logits, captions).nll.item()), (captions[..., 1:] >= 0).sum())
+    trainer._train_step(images, captions)
+    assert trainer.totals.nll == pytest.approx(caption_loss(logits, captions).nll.item())
+    assert trainer.totals.words == (captions[..., 1:] >= 0).sum()
 
 
 @pytest.mark.parametrize("decoder", ["show-tell", "attend"])
@@ -1055,6 +1056,29 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_it_reaches_the_weigh
     with pytest.raises(UserError, match=message):
         trainer.fit(progress=False)
     assert moved(before, tensors(trainer)) == set()
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_losses_left_on_the_device_are_the_same(check_every, tmp_path, no_curve):
+    trainer = trainer_in(tmp_path / "run", PLAIN.with_settings({"epochs": 1}), print_every=3)
+    trainer.check_every = check_every
+    (record,) = trainer.fit(progress=False)
+    straight = trainer_in(tmp_path / "straight", trainer.recipe, print_every=3)
+    (expected,) = straight.fit(progress=False)
+    assert record["train_loss"] == expected["train_loss"]
+    assert losses(tmp_path / "run") == losses(tmp_path / "straight")
+
+
+def test_a_loss_that_is_found_to_be_not_finite_later_names_its_own_batch(tmp_path, no_curve):
+    messages = []
+    for every in (1, 7):
+        trainer = trainer_in(tmp_path / str(every), PLAIN.with_settings({"lr": 1e30, "warmup": 0}))
+        trainer.check_every = every
+        with pytest.raises(UserError, match="the loss became") as error:
+            trainer.fit(progress=False)
+        messages.append(re.sub(r"the loss became .* at step", "", str(error.value)))
+        assert not (tmp_path / str(every) / "resume.pt").exists()
+    assert messages[0] == messages[1]
 
 
 def test_a_huge_loss_is_no_error(tmp_path, no_curve):
