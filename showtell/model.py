@@ -71,8 +71,8 @@ class _BatchNorm(nn.BatchNorm1d):
             return self(inputs.flatten(0, 1)).unflatten(0, inputs.shape[:2])  # over (B*L, E)
         if self.training and inputs.shape[0] == 1:
             return F.batch_norm(inputs, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        # The counter is part of the state dict, so that a resumed run continues exactly; a GPU is asked for it until the
-        # momentum is constant.
+        # The counter is part of the state dict, so that a resumed run continues exactly. A GPU is asked for it until
+        # the momentum is constant.
         if self.training and self.momentum != 0.01:
             self.momentum = max(0.01, 1 / (1 + int(self.num_batches_tracked)))
         return super().forward(inputs)
