@@ -18,8 +18,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from platform import machine
 from random import Random
+from types import ModuleType
 from typing import TYPE_CHECKING, Union
 
 import numpy as np
@@ -207,11 +210,10 @@ class Transform:
             key: (seed, epoch, sample) determines the crop and the flip; None crops the middle and does not flip.
         """
         import torch
-        from torchvision.transforms.v2 import functional as F
 
         image = read_image(image)
         size, rows, columns = self._place(*image.shape[1:], key)
-        image = F.resize(image, list(size))[:, rows, columns]
+        image = _resize(image, size)[:, rows, columns]
         if self.mirror or self.flips(key):
             image = image.flip(-1)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
@@ -389,11 +391,45 @@ def _jpeg_decoder():
     """Return torchvision's compiled JPEG decoder, or None; its Python wrapper warns at every call."""
     try:
         import torch
+
+        import_torchvision()
         import torchvision.io  # noqa: F401  it registers the operator
 
         return torch.ops.image.decode_jpeg
     except (ImportError, AttributeError, RuntimeError):
         return None
+
+
+def import_torchvision() -> None:
+    """Import torchvision without PyTorch's compiler, whose import takes half of the time until the first caption.
+
+    `torchvision.ops` (0.29) imports one function from it, which answers whether a device can compile.
+    """
+    if {"torchvision", "torch._dynamo"} & sys.modules.keys():
+        return
+    stand_in = ModuleType(name := "torch._dynamo.utils")
+    stand_in.is_compile_supported = lambda device: import_module(name).is_compile_supported(device)
+    sys.modules[name] = stand_in
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:  # this version needs more of it
+        for part in [part for part in sys.modules if part.partition(".")[0] == "torchvision"]:
+            del sys.modules[part]
+    finally:
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]
+
+
+def _resize(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize as `torchvision.transforms.v2.functional.resize` does, whose import loads PyTorch's compiler."""
+    import torch
+
+    if image.shape[1:] == size:
+        return image
+    vectors = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") or machine() in ("aarch64", "arm64")
+    exact = image[None] if vectors and image.device.type == "cpu" else image[None].float()
+    resized = torch.nn.functional.interpolate(exact, size, mode="bilinear", align_corners=False, antialias=True)[0]
+    return resized if resized.dtype == torch.uint8 else resized.round_().to(torch.uint8)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -163,6 +163,9 @@ PAGE = "write_page(PATH, 't', '', [('a', 1)], [Table('t', ['a'], [['b']]), Galle
 DATA = """from showtell import annotations, confidence, datasets, scoring, synthetic, tokenizer, transforms as t
 t.Transform.from_dict(t.IMAGENET_TRAIN.to_dict()).evaluation().fingerprint(), t.mirror_caption("left")
 datasets.load("synthetic", n=2).references(), [cut("it's a dog. a cat") for cut in tokenizer.TOKENIZERS.values()]"""
+CAPTION = """import numpy, showtell.transforms
+showtell.transforms._jpeg_decoder()
+showtell.load(device="cpu", engine="torch").caption(numpy.zeros((40, 50, 3), "uint8"))"""
 
 
 @pytest.mark.parametrize(
@@ -172,8 +175,9 @@ datasets.load("synthetic", n=2).references(), [cut("it's a dog. a cat") for cut 
         ("import showtell.download, showtell.released", "torch requests numpy"),
         (DATA, "torch torchvision matplotlib jinja2 nltk java"),
         (f"from showtell.report import *; {PAGE}", "torch matplotlib"),
+        (CAPTION, "torch._dynamo matplotlib"),  # PyTorch's compiler takes as long as all else
     ],
-    ids=["package", "download", "data", "page"],
+    ids=["package", "download", "data", "page", "caption"],
 )
 def test_nothing_slow_is_imported_without_need(code: str, slow: str, tmp_path: Path):
     code = code.replace("PATH", repr(str(tmp_path / "page.html")))

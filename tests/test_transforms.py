@@ -469,3 +469,27 @@ def test_real_photographs_read_as_pillow_reads_them(shared_data):
         with Image.open(path) as image:
             reference = np.array(image.convert("RGB"))
         assert distance(read(path), reference) <= 1, path
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 80), (400, 30), (60, 90)])
+def test_resized_pixels_are_those_of_torchvision(size):
+    from torchvision.transforms.v2 import functional as F
+
+    image = torch.randint(0, 256, (3, 60, 90), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for stored in (
+        image,
+        image.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        image[:, ::2],
+        image[:1].expand(3, -1, -1),
+    ):
+        assert torch.equal(transforms._resize(stored, size), F.resize(stored, list(size)))
+
+
+def test_pixels_without_fast_integer_arithmetic_are_those_of_torchvision(monkeypatch):
+    from torchvision.transforms.v2 import functional as F
+
+    image = torch.randint(0, 256, (3, 60, 90), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr("platform.machine", lambda: "x")
+    monkeypatch.setattr(transforms, "machine", lambda: "x")
+    assert torch.equal(transforms._resize(image, (224, 224)), F.resize(image, [224, 224]))
