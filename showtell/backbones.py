@@ -132,9 +132,10 @@ class Backbone(nn.Module):
         On hardware that has bfloat16, a ResNet-50 takes a third of the time; its features, given in single precision,
         agree to two or three digits.
         """
-        fast = copy.deepcopy(self)
-        fast.fine_tune(None)
-        fast.net = _InBfloat16(fold_batch_norm(fast.net))
+        tensors = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        fast = copy.deepcopy(self, tensors)  # which shares them, until they are replaced one by one
+        fast.trainable = False
+        fast.net = _InBfloat16(fast.net)
         return fast
 
     def train(self, mode: bool = True) -> Backbone:
@@ -146,20 +147,27 @@ class _InBfloat16(nn.Module):
     cpu_batch = 8  # the feature maps of more images do not fit in a CPU's caches, which takes a third longer
 
     def __init__(self, net: nn.Module) -> None:
+        """Take a network whose modules may be changed, and whose tensors may not."""
         super().__init__()
-        self.net = net.to(torch.bfloat16, memory_format=torch.channels_last)
+        self.net = fold_batch_norm(net, torch.bfloat16)
+        for module in net.modules():
+            for own in (module._parameters, module._buffers):
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.is_floating_point():
+                        own[name] = nn.Parameter(tensor.detach().to(torch.bfloat16), requires_grad=False)
 
     def forward(self, images: Tensor) -> Tensor:
         parts = images.to(torch.bfloat16).split(self.cpu_batch if images.device.type == "cpu" else len(images))
         return torch.cat([self.net(part) for part in parts]).float()
 
 
-def fold_batch_norm(net: nn.Module) -> nn.Module:
-    """Fold each batch norm that follows a convolution in the same module into it, in place."""
+def fold_batch_norm(net: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Replace each convolution that a batch norm follows in the same module by one of both, of type `dtype`."""
     for parent in list(net.modules()):
         for (first, convolution), (second, norm) in pairwise(list(parent.named_children())):
             if type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d:
-                setattr(parent, first, fuse_conv_bn_eval(convolution, norm))
+                fused = fuse_conv_bn_eval(convolution, norm)
+                setattr(parent, first, fused.to(dtype, memory_format=torch.channels_last))
                 setattr(parent, second, nn.Identity())
     return net
 

@@ -6,6 +6,7 @@ D feature size, E embedding size, T caption length with <start> and <end>, V voc
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from itertools import chain
@@ -105,6 +106,13 @@ class CaptionModel(nn.Module):
             captions: `(B, T)`, or `(B, K, T)` with K captions per image, padded with `IGNORE`.
         """
         return self.decoder.teacher_force(self.encoder(images), captions.flatten(0, -2))  # captions (N, T)
+
+    def with_backbone(self, backbone: Backbone) -> CaptionModel:
+        """Return a model with another backbone, which shares everything else with this one."""
+        model = copy.copy(self)
+        model._modules = {**self._modules, "encoder": copy.copy(self.encoder)}
+        model.encoder._modules = {**self.encoder._modules, "backbone": backbone}
+        return model
 
 
 class Loss(NamedTuple):

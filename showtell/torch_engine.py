@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from showtell.backbones import has_bfloat16
 from showtell.errors import UserError
+from showtell.model import CaptionModel
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 
@@ -48,6 +49,8 @@ class TorchEngine:
         precision = "bfloat16" if precision == "bfloat16" or (precision == "auto" and pays) else "float32"
         if precision == "bfloat16":
             self._backbone = self._backbone.in_bfloat16()
+            if isinstance(model, CaptionModel):  # the weights in single precision are freed with the checkpoint
+                self.model = model.with_backbone(self._backbone)
         self.description = f"PyTorch, {precision}, {self.device}"
 
     @torch.inference_mode()

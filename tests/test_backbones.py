@@ -415,3 +415,19 @@ def test_in_bfloat16_agrees_to_two_digits_and_leaves_the_backbone_alone():
     assert not torch.equal(fast, exact)
     assert (fast - exact).norm() < 0.02 * exact.norm()
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
+
+
+def test_a_copy_in_bfloat16_leaves_the_backbone_as_it_is():
+    backbone = Backbone("resnet18", weights=None)
+    backbone.fine_tune("layer4")
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    fast = backbone.in_bfloat16()
+    assert {tensor.dtype for tensor in (*fast.parameters(), *fast.buffers())} <= {torch.bfloat16, torch.long}
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert not fast.trainable
+    assert backbone.trainable
+    assert [name for name, parameter in backbone.named_parameters() if parameter.requires_grad] == trained
+    after = backbone.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

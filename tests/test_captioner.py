@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from showtell.decoding import Hypothesis, beam_search, greedy
 from showtell.errors import MissingFileError, UserError
 from showtell.model import CaptionModel
 from showtell.sources import find_images
+from showtell.torch_engine import TorchEngine
 from showtell.transforms import BrokenImageError, Transform, read_image
 from showtell.vocabulary import Vocabulary
 
@@ -370,3 +373,19 @@ def test_a_caption_as_plain_values():
     empty = Caption.of(Hypothesis([], [-0.5], -0.5, torch.zeros(0, 16)), VOCAB, (4, 4))
     assert empty.to_dict() == {"text": "", "score": -0.5, "words": [], "word_probs": []}
     assert empty.alphas.shape == (0, 4, 4)
+
+
+def test_single_precision_weights_are_freed_with_the_checkpoint():
+    config = {
+        "encoder": {"embed_size": 8, "backbone": "resnet18"},
+        "decoder": {"name": "show-tell", "embed_size": 8, "hidden_size": 8, "vocab_size": 4},
+    }
+    model = CaptionModel(config)
+    weight = weakref.ref(model.encoder.backbone.net.conv1.weight)
+    engine = TorchEngine(model.eval(), precision="bfloat16")
+    features, _ = engine.encode([torch.zeros(3, 64, 64)])
+    assert torch.equal(engine.model.encoder(torch.zeros(1, 3, 64, 64)), features)
+    assert model.encoder.backbone.net.conv1.weight.dtype == torch.float32
+    del model
+    gc.collect()
+    assert weight() is None
