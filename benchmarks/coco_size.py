@@ -43,7 +43,7 @@ def main(folder: Path, n_steps: int, size_name: str) -> None:
         weights=size.weights,
         features=str(folder / "cache"),
     )
-    trainer = Trainer(size.recipe("coco-show-tell", epochs=1), run)
+    trainer = Trainer(size.recipe("coco-show-tell", epochs=1, precision="bfloat16"), run)
     fill_cache(trainer, folder / "cache")
     trainer.prepare(progress=False)
 
