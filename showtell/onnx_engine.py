@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from showtell.errors import UserError
+from showtell.files import write_json
 from showtell.released import cache_folder
 from showtell.transforms import Transform
 from showtell.vocabulary import Vocabulary
@@ -117,12 +120,28 @@ def find_export(model: Path, engine: str = "auto") -> Path | None:
     cache = cache_folder().parent / "onnx"
     if engine == "torch" or (engine == "auto" and not (find_spec("onnxruntime") and cache.is_dir())):
         return None
-    digest = hashlib.sha256()
-    with model.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    folder = cache / digest.hexdigest()
+    folder = cache / _digest(model, cache)
     return folder if engine == "onnx" or (folder / HEADER).is_file() else None
+
+
+def _digest(path: Path, cache: Path) -> str:
+    """Return the SHA-256 of a file, noted in the cache with what changes whenever a file does, as git notes it."""
+    stat = path.stat()
+    stamp = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    note = cache / f"{hashlib.sha256(stamp[0].encode()).hexdigest()[:16]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        noted, digest = json.loads(note.read_text("utf-8"))
+        if noted == stamp:
+            return digest
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            whole.update(block)
+    settled = time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > 2e9  # a later change has another time
+    if settled and cache.is_dir():
+        with contextlib.suppress(OSError):  # a folder for reading only
+            write_json(note, [stamp, whole.hexdigest()])
+    return whole.hexdigest()
 
 
 def _open(path: Path) -> InferenceSession:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -270,3 +271,21 @@ def test_released_models_caption_photographs_with_the_words_of_torch(name, tmp_p
     assert result.returncode == 0, result.stderr
     for row, path in zip(json.loads(result.stdout), photographs, strict=True):
         assert row["captions"][0]["words"] == exact.caption(path)[0].words
+
+
+def test_the_digest_of_a_model_is_noted_until_its_file_changes(tmp_path, monkeypatch):
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    cache.mkdir()
+    model.write_bytes(b"one")
+    one = hashlib.sha256(b"one").hexdigest()
+    assert onnx_engine._digest(model, cache) == one
+    assert not list(cache.iterdir()), "a file that has just changed may change again at the same time"
+    monkeypatch.setattr(onnx_engine.time, "time_ns", lambda: model.stat().st_ctime_ns + 3 * 10**9)
+    assert onnx_engine._digest(model, cache) == one
+    (note,) = cache.iterdir()
+    note.write_text(note.read_text().replace(one, "noted"))
+    assert onnx_engine._digest(model, cache) == "noted"
+    model.write_bytes(b"two")
+    assert onnx_engine._digest(model, cache) == hashlib.sha256(b"two").hexdigest()
+    note.write_text("[")
+    assert onnx_engine._digest(model, cache) == hashlib.sha256(b"two").hexdigest()
