@@ -585,7 +585,7 @@ def row_10(w: Workload) -> list[Line]:
 
 def row_11(w: Workload) -> list[Line]:
     """Start and run a training of COCO's size, the second time."""
-    steps = max(1, w.size.steps // 5)
+    steps = max(1, w.size.steps // 2)
     for n_steps in (1, steps)[-w.size.few :]:  # the first run writes the data
         command = [sys.executable, str(ROOT / "benchmarks/coco_size.py"), str(w.folder / "coco")]
         done = subprocess.run([*command, str(n_steps), w.size_name], cwd=ROOT, capture_output=True, text=True)

@@ -41,11 +41,11 @@ class Size:
     runs: int = 5  # of ways that take seconds, interleaved; their median counts
     few: int = 3  # of ways that take longer
     flickr_images: int = 6000  # with five captions each
-    images: int = 96  # read and encoded in one run
+    images: int = 64  # read and encoded in one run
     one_by_one: int = 8  # captioned in one run by the way that takes one image at a time
     encoded: int = 1000  # images to decode
     decoded: int = 40  # of these, by the way that takes one image at a time
-    steps: int = 30  # of training from cached features
+    steps: int = 15  # of training from cached features
     matrix: int = 2048  # the side of the product that measures the processor's limit
     coco_images: int = 82783
     coco_captions: int = 414113
