@@ -326,3 +326,10 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def warm_cosine(step: int, warmup: int, total: int) -> float:
+    """Return the part of the highest learning rate: linear to 1 over the warm-up, then half a cosine to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

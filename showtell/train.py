@@ -45,7 +45,7 @@ from showtell.model import (
     feed_predictions,
     source_weights,
 )
-from showtell.recipes import Recipe
+from showtell.recipes import Recipe, warm_cosine
 from showtell.run import Run, damaged, digest_of_data, generator_states, read_run, seed_everything, set_generator_states
 from showtell.self_critical import SelfCritical
 from showtell.training_log import Totals, TrainingLog, cut_logs, draw_curve, log_sizes
@@ -127,15 +127,14 @@ class Trainer:
         self.total_steps = recipe.epochs * len(self.loader)
         self.warmup = min(recipe.warmup, self.total_steps // 10)  # a small data set must reach its learning rate
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: _warm_cosine(step, self.warmup, self.total_steps)
+            self.optimizer, lambda step: warm_cosine(step, self.warmup, self.total_steps)
         )
         self.epoch = self.step = 0  # the next to train; `step` counts inside the epoch
         self.totals, self.history = Totals(), []
         self._unchecked: list[tuple[int, Tensor]] = []  # the losses of the last steps, still on the device
         # A GPU computes ahead while nothing waits for it. A model that is not finite cannot sample words.
         self.check_every = 1 if self.device.type == "cpu" or self_critical or recipe.scheduled_sampling else 10
-        self.best, self.best_epoch = -math.inf, 0
-        self.stop_signal = 0
+        self.best, self.best_epoch, self.stop_signal = -math.inf, 0, 0
         # A run that was killed before its first save starts again, with a new log.
         self._log_sizes: dict | None = {} if (self.out / "run.json").exists() else None
         if state:
@@ -299,12 +298,12 @@ class Trainer:
                 self._train_step(images, captions)
                 self.step = first + self.loader.drawn  # a batch whose images are all broken counts, for resuming
                 captions_seen += int((captions[..., 0] != IGNORE).sum())
-                log_now = self.step % self.run.print_every == 0 or self.step == n_steps
-                if log_now or self.step % 10 == 0:
+                log_now, show_now = (self.step % n == 0 or self.step == n_steps for n in (self.run.print_every, 10))
+                if log_now or show_now:
                     self._check_steps()
                 if log_now:
                     log.step(self.epoch + 1, epochs, self.step, n_steps, self.totals)
-                if self.step % 10 == 0 or self.step == n_steps:
+                if show_now:
                     rate = captions_seen / (time.monotonic() - started)
                     loss, ppl = self.totals.recent, metrics.perplexity(self.totals.recent)
                     bar.set_postfix_str(f"loss {loss:.3f}, perplexity {ppl:.2f}, {rate:.0f} captions/s")
@@ -346,12 +345,11 @@ class Trainer:
 
     def _check_steps(self) -> None:
         """Add the losses of the last steps to the totals, or raise if one is not finite; waits for the device."""
-        steps, self._unchecked = self._unchecked, []
-        for step, values in steps:
-            objective, norm, nll, words = values.tolist()
+        for step, (objective, norm, nll, words) in [(step, values.tolist()) for step, values in self._unchecked]:
             if not (math.isfinite(objective) and math.isfinite(norm)):
                 self._refuse_step(step, objective, norm)
             self.totals.add(nll, int(words))
+        self._unchecked.clear()
 
     def _cross_entropy(self, features: Tensor, captions: Tensor) -> Loss:
         """Return the loss of true captions, the objective as a mean over words and with the cost of the attention."""
@@ -448,7 +446,7 @@ class Trainer:
             self.totals = Totals(**state["totals"])
             self.best, self.best_epoch = state["best"]
             set_generator_states(self.device, state["generators"])
-            at = _warm_cosine(self.scheduler.last_epoch, self.warmup, self.total_steps)
+            at = warm_cosine(self.scheduler.last_epoch, self.warmup, self.total_steps)
             for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
                 group["lr"] = lr * at  # as saved, unless the number of epochs has been raised
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -495,10 +493,3 @@ def _optimizer(model: CaptionModel, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     return torch.optim.Adam(groups, fused=True)  # one pass over the memory: a third of the time on a CPU
-
-
-def _warm_cosine(step: int, warmup: int, total: int) -> float:
-    """Rise linearly to 1 over the warm-up, then fall to 0 as half a cosine."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))

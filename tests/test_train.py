@@ -998,14 +998,14 @@ def test_the_epochs_loss_weighs_words_not_batches(tmp_path, no_curve):
 
 
 def test_warm_up_and_cosine():
-    values = [train._warm_cosine(step, 4, 12) for step in range(13)]
+    values = [train.warm_cosine(step, 4, 12) for step in range(13)]
     assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert values[8] == pytest.approx(0.5)
     assert values[12] == pytest.approx(0.0)
     assert values[4:] == sorted(values[4:], reverse=True)
-    assert train._warm_cosine(0, 0, 10) == 1.0
-    assert train._warm_cosine(5, 10, 10) == 0.6  # a run no longer than its warm-up
-    assert train._warm_cosine(10, 10, 10) == 1.0
+    assert train.warm_cosine(0, 0, 10) == 1.0
+    assert train.warm_cosine(5, 10, 10) == 0.6  # a run no longer than its warm-up
+    assert train.warm_cosine(10, 10, 10) == 1.0
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(50, 1), (1, 1), (0, 0)])
@@ -1022,7 +1022,7 @@ def test_the_optimiser_gets_these_rates(tmp_path, no_curve):
     before_each_step(trainer, lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"]))
     trainer.fit(progress=False)
     total = 2 * len(trainer.loader)
-    expected = [PLAIN.lr * train._warm_cosine(step, trainer.warmup, total) for step in range(total)]
+    expected = [PLAIN.lr * train.warm_cosine(step, trainer.warmup, total) for step in range(total)]
     assert rates == pytest.approx(expected)
 
 
