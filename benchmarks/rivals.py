@@ -98,7 +98,7 @@ class CourseLoop:
 
     def __init__(self, data: CourseData, model: CourseModel) -> None:
         self.data, self.model = data, model.train()
-        model.net.eval()  # the course forgets this, and batch norm then takes half as long again
+        model.net.eval()  # the course forgets this, which costs it a sixth more time
         self.loss = nn.CrossEntropyLoss()
         self.optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
         sampler = BatchSampler(SubsetRandomSampler(data.draw()), data.batch_size, drop_last=False)

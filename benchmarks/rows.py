@@ -406,7 +406,7 @@ def one_photograph(w: Workload, row: int, part: int, unit: str, targets: tuple, 
     if w.size.few > 1:
         cold(w, "onnx", -1), cold(w, "torch", -1)  # to read the files from memory
     rival, ours, onnx = in_turn(w.size.few, *[lambda run, way=way: cold(w, way, run)[part] for way in ways])
-    limits = [launched("-c", f"import {names}")[part] for names in ("torch, torchvision", "onnxruntime")]
+    limits = [launched("-c", f"import {names}")[part] for names in ("torch", "onnxruntime")]
     what = ("seconds", "peak memory")[part]
     return [
         Line(
