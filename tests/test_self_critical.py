@@ -204,7 +204,7 @@ def test_a_stopped_run_continues_bit_for_bit(settings, first, tmp_path, no_curve
     record = log_of(tmp_path / "straight")[-1]
     assert record["reward"] > 0
     assert 0 < record["sampled_length"] <= recipe.max_len
-    assert record["captions"].keys() == {"distinct", "bad_endings", "mean_length"}
+    assert record["captions"].keys() == {"captions", "distinct", "bad_endings", "mean_length"}
     text = (tmp_path / "straight" / "training_log.txt").read_text()
     assert re.search(
         r"reward \d\.\d{3}, sampled length \d+\.\d, .* distinct captions [\d.]+%, incomplete captions [\d.]+%, ", text
