@@ -202,7 +202,7 @@ def test_every_command_has_a_short_help(command, capsys):
         (["caption", "/dev/zero"], ["/dev/zero is no regular file", "give images, or folders of images"]),
         (["caption", "a.jpg", "--csv", "/dev/null"], ["/dev/null is no regular file", "name the file"]),
         (["caption", "a.jpg", "--csv", "."], [". is a folder", "name the file"]),
-        (["train"], ["--out", "showtell train --help"]),
+        (["train"], ["the run folder is missing", "--out runs/NAME"]),
         (["train", "--out", "r", "--features", "f", "--no-features"], ["--no-features", "not allowed with"]),
         (["train", "--out", "r", "--seed", "-1"], ["--seed", "'-1'", "from 0 to 4294967295"]),
         (["train", "--out", "r", "--seed", "x"], ["--seed", "'x'", "a whole number"]),

@@ -1283,6 +1283,9 @@ def test_wandb_offline(tmp_path, no_curve, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     (record, *_) = trainer_in(tmp_path, PLAIN.with_settings({"epochs": 1}), wandb=True).fit(progress=False)
     (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 60
+    while b"hidden_size" not in log.read_bytes() and time.monotonic() < deadline:  # wandb's own process writes it
+        time.sleep(0.2)
     for part in ("train/loss", "train/lr", "val/CIDEr", f"{record['val_loss']:.9f}"[:-2], "hidden_size"):
         assert part.encode() in log.read_bytes(), part
 
