@@ -67,6 +67,14 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from showtell import distributed
+
+    with distributed.one_error():
+        return _train_process(args)
+
+
+def _train_process(args: argparse.Namespace) -> int:
+    from showtell import distributed
     from showtell.captioner import find_model
     from showtell.checkpoint import read_header
     from showtell.config import Config, read_config
@@ -89,33 +97,39 @@ def _train(args: argparse.Namespace) -> int:
         given["weights"] = args.encoder_weights
     if given.get("init"):
         given["init"] = str(find_model(given["init"]))  # as the run keeps it, for --resume
+    device = distributed.join(_device(args), given.get("timeout_minutes", Run.timeout_minutes))
+    say = _say
+    if distributed.rank():  # process 0 says it
+        warnings.simplefilter("ignore")
+        say = str
     if args.resume:
-        trainer = Trainer.resume(args.out, recipe=recipe_name, settings=settings, device=_device(args), **given)
+        trainer = Trainer.resume(args.out, recipe=recipe_name, settings=settings, device=device, **given)
     else:
         recipe = recipe_named(recipe_name) if recipe_name else Recipe()
         if given.get("init") and not recipe_name:
             recipe = recipe.inherit_model(read_header(given["init"]))
         if args.dry_run:
             given.setdefault("weights", None)  # what may have to be downloaded is not needed to describe a run
-        run = Run(out=args.out, device=_device(args), **given)
+        run = Run(out=args.out, device=device, **given)
         trainer = Trainer(recipe.with_settings(settings), run)
     for caption_set in (trainer.train_set, trainer.val_set):
         if missing := caption_set.missing:
             listed = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
-            _say(f"note: {len(missing)} images of {caption_set.split} are not there and are left out: {listed}")
-    _say(trainer.describe())
+            say(f"note: {len(missing)} images of {caption_set.split} are not there and are left out: {listed}")
+    say(trainer.describe())
     if args.dry_run:
         return 0
     try:
-        trainer.fit()
+        trainer.fit(progress=not distributed.rank())
     except Stopped as stopped:
-        _say(f"showtell: {stopped}")
+        if distributed.is_first():
+            _say(f"showtell: {stopped}")
         return 130
     best = trainer.history[trainer.best_epoch - 1]
     perplexity = f"validation perplexity {best['val_perplexity']:.2f} over {len(trainer.vocab):,} words"
     scores = f"{perplexity}, CIDEr-D {100 * best['scores']['CIDEr']:.1f}"
     model = shlex.quote(str(Path(args.out) / "best.safetensors"))
-    _say(f"the best epoch was {trainer.best_epoch}, {scores}; caption with: showtell caption photo.jpg --model {model}")
+    say(f"the best epoch was {trainer.best_epoch}, {scores}; caption with: showtell caption photo.jpg --model {model}")
     return 0
 
 

@@ -37,6 +37,7 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     _add_common(demo)
 
     train = add("train", "train a captioner; Ctrl-C saves the run, --resume continues it")
+    train.epilog = "On N GPUs: torchrun --nproc-per-node N -m showtell train …"
     _add_data(train, None)
     train.add_argument("--config", metavar="FILE", help="settings in TOML, YAML or JSON (run.json); flags go first")
     train.add_argument("--out", help="run folder")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import signal
 import warnings
@@ -31,6 +32,8 @@ MODES = ("train", "val", "test")
 # Where COCO is looked for if no folder is given: that of the course, then those of `showtell download`.
 COCO_FOLDERS = ("/opt/cocoapi", "data/coco", "data/coco2017", "data/coco2014")
 MAX_WORDS = 100  # per caption: one caption of 1,500 words would pad its whole batch to gigabytes
+
+Batch = tuple[Tensor, Tensor]  # images, captions
 
 
 class Broken:
@@ -208,7 +211,7 @@ class EpochSampler(Sampler[list[int]]):
     """Batches of an epoch as a function of (seed, epoch); resumable in the middle, shared among processes.
 
     Attributes:
-        epoch: the epoch to iterate over. skip: the number of its batches to skip, when resuming.
+        epoch: the epoch to iterate over. skip: the number of its batches to skip, of all processes, when resuming.
         sampler: any sampler of indices, to make the batches of its indices as the notebooks of the Udacity course do;
             `None` for this class's own batches.
     """
@@ -235,8 +238,11 @@ class EpochSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         if self.sampler is not None:
             return iter(BatchSampler(self.sampler, self.batch_size, drop_last=False))
-        batches = self.all_batches(np.random.default_rng([self.seed, self.epoch]))
-        return iter(batches[self.rank :: self.world_size][self.skip :])
+        return iter(self.left()[self.rank :: self.world_size])
+
+    def left(self) -> list[list[int]]:
+        """Return the batches of all processes for this epoch, without the skipped ones."""
+        return self.all_batches(np.random.default_rng([self.seed, self.epoch]))[self.skip :]
 
     def __len__(self) -> int:
         """Return the number of batches of this process in a whole epoch."""
@@ -340,7 +346,6 @@ class CaptionLoader(DataLoader):
 
     Attributes:
         broken: path -> error message of every broken image so far.
-        drawn: the number of batches drawn in this pass, including those without a readable image.
     """
 
     def __init__(
@@ -349,7 +354,6 @@ class CaptionLoader(DataLoader):
         """Take the number of broken images to leave out; `options` are those of `EpochSampler`."""
         self.max_broken = max_broken
         self.broken: dict[str, str] = {}
-        self.drawn = 0
         if samples.by_caption:
             batches: EpochSampler = LengthBatchSampler(samples.caption_lengths, batch_size, **options)
         else:
@@ -365,10 +369,21 @@ class CaptionLoader(DataLoader):
             generator=torch.Generator().manual_seed(batches.seed),  # the global generator belongs to training
         )
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.drawn = 0
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch in self._all() if batch is not None)
+
+    def steps(self, n: int) -> Iterator[list[Batch]]:
+        """Yield the next `n` batches of this process at a time, without those that have no readable image.
+
+        All processes that share an epoch yield the same number of lists, of which the last may be empty.
+        """
+        sampler, batches = self.batch_sampler, self._all()
+        left = sampler.n_batches() - sampler.skip
+        for _ in range(-(-left // (n * sampler.world_size))):
+            yield [batch for batch in itertools.islice(batches, n) if batch is not None]
+
+    def _all(self) -> Iterator[Batch | None]:
         for images, captions, broken in self._collated():
-            self.drawn += 1
             for sample in broken:
                 if sample.path not in self.broken:
                     self.broken[sample.path] = sample.reason
@@ -377,8 +392,7 @@ class CaptionLoader(DataLoader):
                 listed = "\n".join(f"  {reason}" for reason in self.broken.values())
                 count = f"{len(self.broken)} images cannot be read, more than the {self.max_broken} allowed"
                 raise UserError(f"{count}; repair or remove them, or raise max_broken:\n{listed}")
-            if images is not None:
-                yield images, captions
+            yield None if images is None else (images, captions)
 
     def close(self) -> None:
         """End the worker processes, which otherwise wait for the next epoch."""

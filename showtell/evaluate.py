@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from showtell import datasets, metrics, scoring
+from showtell import datasets, distributed, metrics, scoring
 from showtell.captioner import Caption, Captioner, find_model, find_models, load
 from showtell.checkpoint import add_meta
 from showtell.confidence import Calibration, Reliability, is_right, signals
@@ -39,7 +39,7 @@ def mean_loss(
     device: str | torch.device = "cpu",
     on_batch: Callable[[], None] | None = None,
 ) -> float:
-    """Return the mean negative log-likelihood of a word in nats, over all words of all batches.
+    """Return the mean negative log-likelihood of a word in nats, over all words of all batches, on all processes.
 
     `on_batch` is called before each batch, and may raise to stop.
     """
@@ -51,7 +51,8 @@ def mean_loss(
         captions = captions.to(device)
         loss = caption_loss(model(images.to(device), captions)[0], captions)
         found.append((loss.nll, loss.words))
-    return sum(nll.item() for nll, _ in found) / max(1, sum(int(words) for _, words in found))
+    nll, words = distributed.total(sum(nll.item() for nll, _ in found), sum(int(words) for _, words in found))
+    return nll / max(1, words)
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ def write_captions(
     device: str | torch.device = "cpu",
     on_batch: Callable[[], None] | None = None,
 ) -> dict[str, Hypothesis]:
-    """Generate a caption for every image of a loader by image and in order; `on_batch` as in `mean_loss`.
+    """Generate a caption for every image of a loader's share, by image and in order; `on_batch` as in `mean_loss`.
 
     Return the best hypothesis by image id (as a string); unreadable images are left out.
     """
@@ -75,10 +76,11 @@ def write_captions(
         if on_batch:
             on_batch()
         features = model.encoder(images.to(device))
-        own = options.beginning_as(captions)
-        found += [best for (best,) in decode(model.decoder, features, options=own, beam_size=beam_size)]
+        styled = options.beginning_as(captions)
+        found += [best for (best,) in decode(model.decoder, features, options=styled, beam_size=beam_size)]
     caption_set = samples.caption_set
-    ids = [str(name) for i, name in enumerate(caption_set.image_ids) if str(caption_set.path(i)) not in loader.broken]
+    own = [i for batch in loader.batch_sampler for i in batch]
+    ids = [str(caption_set.image_ids[i]) for i in own if str(caption_set.path(i)) not in loader.broken]
     return dict(zip(ids, found, strict=True))
 
 

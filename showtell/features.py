@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from showtell import distributed
 from showtell.backbones import Backbone
 from showtell.errors import UserError
 from showtell.files import lock, readable_size, require_free_space, write_json
@@ -131,7 +132,7 @@ class FeatureCache:
         with torch.inference_mode():
             black = torch.zeros(1, 3, transform.size, transform.size, device=next(backbone.parameters()).device)
             shape = tuple(backbone(black).shape[1:])
-        if not (folder / "cache.json").exists():  # for people; no code reads it
+        if not distributed.rank() and not (folder / "cache.json").exists():  # for people; no code reads it
             about = {"fingerprint": key, "backbone": backbone.name, "shape": shape, "precision": precision}
             write_json(folder / "cache.json", about | {"transform": transform.to_dict()})
         return cls(folder, shape, backbone, transform, precision)
@@ -237,6 +238,8 @@ class FeatureCache:
         another process is building this cache, wait for it. Return one sentence for each image that could not be read;
         it has no row.
 
+        The processes of a run read and compute a share each, and process 0 writes; on the others, the list is empty.
+
         Args:
             num_workers: threads that read images while the network runs, at least one.
             device: where a copy of the backbone computes.
@@ -251,6 +254,38 @@ class FeatureCache:
             raise UserError(f"a copy of {self!r} made for reading cannot build; open it with FeatureCache.open")
         if self.folder.name != fingerprint(self._backbone, self._transform, self._precision)[:16]:
             raise UserError(f"the weights of {self._backbone.name} changed after {self!r} was opened; open it again")
+        if distributed.rank():
+            return self._help(caption_set, num_workers, device)
+        broken = self._build(caption_set, num_workers, device, progress, max_broken)
+        distributed.of_first(len(broken))  # where the others wait for a share
+        return broken
+
+    def _help(self, caption_set: CaptionSet, num_workers: int, device: str | torch.device) -> list[str]:
+        compute = self._on_device(device)
+        while isinstance(missing := distributed.of_first(None), list):
+            for _ in self._shares(caption_set, missing, num_workers, compute):
+                pass
+        if len(self._missing_on_disk(caption_set)) > missing:
+            raise UserError(f"{self.folder} is not the same folder for all processes; give --features on a shared disk")
+        return []
+
+    def _shares(
+        self, caption_set: CaptionSet, missing: list[int], num_workers: int, compute: Callable[[Tensor], np.ndarray]
+    ) -> Iterator[list[LoadedImage]]:
+        """Yield the missing images in batches, to process 0, with features as pixels; each process computes a share."""
+        rank, n = distributed.rank(), distributed.world_size()
+        with contextlib.closing(self._stream(caption_set, missing[rank::n], num_workers)) as batches:
+            for _ in range(0, len(missing), BATCH_SIZE * n):
+                own = [image._replace(index=image.index * n + rank) for image in next(batches, [])]
+                if good := [image for image in own if not image.error]:
+                    rows = compute(torch.stack([image.pixels for image in good]))
+                    good = [image._replace(pixels=row) for image, row in zip(good, rows, strict=True)]
+                shares = distributed.of_all_at_first([image for image in own if image.error] + good)
+                yield [image for share in shares for image in share]
+
+    def _build(
+        self, caption_set: CaptionSet, num_workers: int, device: str | torch.device, progress: bool, max_broken: int
+    ) -> list[str]:
         missing = self._missing_on_disk(caption_set)
         if not missing and not self._moved:
             return []
@@ -298,10 +333,15 @@ class FeatureCache:
             tqdm.write(f"{what}: {readable_size(size)} in {self.folder}, computed once", file=sys.stderr)
         compute = self._on_device(device)
         broken: dict[int, str] = {}
+        stream = self._stream(caption_set, missing, num_workers)
+        if distributed.world_size() > 1:
+            distributed.of_first(missing)
+            stream = self._shares(caption_set, missing, num_workers, compute)
+            compute = Tensor.numpy
         with (
             _Writer(self) as writer,
             tqdm(total=len(missing), unit="image", desc="features", disable=not (progress and missing)) as bar,
-            contextlib.closing(self._stream(caption_set, missing, num_workers)) as batches,
+            contextlib.closing(stream) as batches,
         ):
             for batch in batches:
                 broken |= {missing[image.index]: str(image.error) for image in batch if image.error}
@@ -359,7 +399,7 @@ class _Writer:
         """Compute and append the rows of new contents, which equal images share; then add the lines of all images."""
         row_of = self.cache._row_of_digest
         if fresh := {image.digest: image.pixels for image in images if image.digest not in row_of}:
-            self.rows_file.write(compute(torch.stack(list(fresh.values()))).tobytes())
+            self.rows_file.write(compute(torch.stack([torch.as_tensor(pixels) for pixels in fresh.values()])).tobytes())
             self.rows_file.flush()
             row_of |= zip(fresh, itertools.count(self.cache._rows_known))
         self.add_lines([Entry(row_of[image.digest], image.digest, image.stamp) for image in images])

@@ -131,6 +131,20 @@ class Loss(NamedTuple):
     rewards: Tensor | None = None
 
 
+class Counts(NamedTuple):
+    """The numbers of true words, captions and batches in a step, on all processes: what its objective is divided by."""
+
+    words: float
+    captions: float
+    batches: float
+
+
+def count(batches: Sequence[tuple[Tensor, Tensor]]) -> Counts:
+    """Count words, captions and batches of (images, captions)."""
+    real = [captions[..., 1:] != IGNORE for _, captions in batches]
+    return Counts(sum(int(each.sum()) for each in real), sum(int(each.any(-1).sum()) for each in real), len(real))
+
+
 def caption_loss(logits: Tensor, captions: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None) -> Loss:
     """Compute the cross-entropy of teacher-forced logits, padding excluded.
 
@@ -237,14 +251,15 @@ def average_weights(average: CaptionModel, model: CaptionModel, decay: float, st
             own.lerp_(new, 1 - decay)
 
 
-def doubly_stochastic_penalty(alphas: Tensor, captions: Tensor) -> Tensor:
+def doubly_stochastic_penalty(alphas: Tensor, captions: Tensor, n: float | None = None) -> Tensor:
     """Penalise attention whose sum over a caption is not 1 for every cell (Xu et al. 2015, eq. 14), mean over captions.
 
     Args:
         alphas: `(N, T-1, L)`.
         captions: `(N, T)` or `(B, K, T)`, padded with `IGNORE`, where attention does not count.
+        n: the number of captions of the mean, if it is over more than these.
     """
     real = (captions.flatten(0, -2)[:, 1:] != IGNORE).unsqueeze(2)
     captions_with_words = real.any(1).sum().clamp(min=1)
     attended = (alphas * real).sum(1)  # (N, L)
-    return ((1 - attended).square() * real.any(1)).sum() / captions_with_words
+    return ((1 - attended).square() * real.any(1)).sum() / (captions_with_words if n is None else n)

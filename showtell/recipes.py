@@ -46,7 +46,8 @@ class Recipe:
         source_weights: of the cross-entropy of each data set's captions, in their order: `1,1,0.5`; with start words.
         group: the composition of a batch: captions of one `length`, or each `image` with all its captions, or, with
             `captions_per_image`, with that many of them, drawn again each epoch.
-        batch_size: captions, or images, per step. epochs: passes over the data.
+        batch_size: captions, or images, per batch. accumulate: batches per step and process. epochs: passes over the
+            data.
         optimizer: `adam` or `adamw`. lr: the highest learning rate, reached after `warmup` steps, followed by half a
             cosine to 0. weight_decay: of AdamW. clip: the maximum norm of the gradient.
         label_smoothing: see `caption_loss`. attention_cost: weight of the doubly stochastic penalty (Xu et al. 2015,
@@ -87,6 +88,7 @@ class Recipe:
     group: str = "length"
     captions_per_image: int = 0
     batch_size: int = 80
+    accumulate: int = 1
     epochs: int = 15
     optimizer: str = "adam"
     lr: float = 5e-4

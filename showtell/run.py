@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from showtell import __version__, metrics
+from showtell import __version__, distributed, metrics
 from showtell.checkpoint import load_resume
 from showtell.datasets import CaptionSet
 from showtell.errors import UserError
@@ -22,7 +22,7 @@ from showtell.recipes import Recipe, recipe_named
 
 MAY_CHANGE = (  # when a run is resumed: none of it changes what is learned
     "data_dir", "patience", "device", "num_workers", "features", "save_minutes", "print_every", "max_broken",
-    "tensorboard", "wandb",
+    "tensorboard", "wandb", "timeout_minutes",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ class Run:
         save_minutes: the time between saves inside an epoch. print_every: the number of steps between log lines.
         max_broken: the number of unreadable images to leave out before stopping.
         tensorboard, wandb: whether to write events for TensorBoard, and whether to log to Weights & Biases.
+        timeout_minutes: how long one of several processes may not answer before the others end.
     """
 
     dataset: str = "synthetic"
@@ -67,6 +68,7 @@ class Run:
     max_broken: int = 100
     tensorboard: bool = False
     wandb: bool = False
+    timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
         accepted = [*metrics.names(), "loss"]
@@ -77,7 +79,7 @@ class Run:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed={self.seed} is out of range; give a whole number from 0 to {2**32 - 1}")
         least = dict.fromkeys(("subset", "val_images", "patience", "num_workers", "save_minutes", "max_broken"), 0)
-        for name, lowest in {**least, "print_every": 1}.items():
+        for name, lowest in {**least, "print_every": 1, "timeout_minutes": 0.01}.items():
             if not getattr(self, name) >= lowest:
                 raise UserError(f"{name}={getattr(self, name)} is too low; give {lowest} or more")
 
@@ -129,16 +131,20 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the random number generators of the CPU and of a device (CUDA, MPS, XPU, …)."""
+def generator_states(device: torch.device) -> list[dict[str, Tensor]]:
+    """Return each process's states of the random number generators of the CPU and of a device (CUDA, MPS, XPU, …)."""
     states = {"torch": torch.get_rng_state()}
     if hasattr(module := torch.get_device_module(device), "get_rng_state"):
         states[device.type] = module.get_rng_state(device)
-    return states
+    return distributed.of_all(states)
 
 
-def set_generator_states(device: torch.device, states: dict[str, Tensor]) -> None:
-    """Restore what `generator_states` returned, as far as it is about this type of device."""
+def set_generator_states(device: torch.device, of_all: list[dict[str, Tensor]] | dict[str, Tensor]) -> None:
+    """Restore what `generator_states` returned, as far as it is about this process and this type of device."""
+    of_all = [of_all] if isinstance(of_all, dict) else of_all  # as runs of one process were saved
+    if distributed.rank() >= len(of_all):
+        return
+    states = of_all[distributed.rank()]
     torch.set_rng_state(states["torch"].cpu())
     if device.type in states:
         torch.get_device_module(device).set_rng_state(states[device.type].cpu(), device)

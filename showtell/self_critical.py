@@ -15,11 +15,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from showtell import distributed
 from showtell.data_loader import CaptionDataset, pad_captions
 from showtell.decoders import IGNORE, Decoder
 from showtell.decoding import DecodingOptions, greedy, roll_out
 from showtell.metrics import DocumentFrequencies, bleu, cider_d
-from showtell.model import Loss
+from showtell.model import Counts, Loss, count
 from showtell.recipes import Recipe
 
 
@@ -37,7 +38,7 @@ class SelfCritical:
         samples: CaptionDataset,
         recipe: Recipe,
         autocast: Callable[[], AbstractContextManager],
-        cross_entropy: Callable[[Tensor, Tensor], Loss],
+        cross_entropy: Callable[[Tensor, Tensor, Counts | None], Loss],
     ) -> None:
         """Take what is trained and the training set, whose captions give the document frequencies.
 
@@ -52,12 +53,14 @@ class SelfCritical:
         """The reward, computed at the first step from all training captions."""
         return Reward(self.samples, self.recipe.bleu_weight)
 
-    def __call__(self, features: Tensor, references: Tensor) -> Loss:
+    def __call__(self, features: Tensor, references: Tensor, counts: Counts | None = None) -> Loss:
         """Return the objective of a batch.
 
         Args:
             features: from the encoder, with its gradient.
             references: `(B, R, T)`, all captions of the images, padded with `IGNORE`.
+            counts: of the step, if it has several batches; those that processes have at a time are divided by their
+                words, as those of later ones are not sampled yet.
 
         Returns:
             The objective, the negative log-likelihood of the sampled words (an estimate of the entropy of the model's
@@ -73,12 +76,24 @@ class SelfCritical:
             baseline = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
         with self.autocast():
             logits, _ = self.decoder.teacher_force(features, captions.flatten(0, 1))
-        loss = reinforce(logits, captions, rewards - baseline, self.options.banned)._replace(rewards=rewards)
+        kept = self._some(references, recipe.captions_per_image) if recipe.xe_weight else references[:0]
+        words = None
+        if counts:
+            sampled, true = count([(features, captions)]), count([(features, kept)])
+            sums = distributed.total(sampled.words, true.words, true.captions, 1)
+            words, *true = (each * counts.batches / sums[-1] for each in sums)
+            counts = Counts(*true)
+        loss = reinforce(logits, captions, rewards - baseline, self.options.banned, words)._replace(rewards=rewards)
         if recipe.xe_weight:
-            kept = self._some(references, recipe.captions_per_image)
-            objective = loss.objective + recipe.xe_weight * self.cross_entropy(features, kept).objective
+            objective = loss.objective + recipe.xe_weight * self.cross_entropy(features, kept, counts).objective
             loss = loss._replace(objective=objective)
         return loss
+
+    @staticmethod
+    def idle(n: int) -> None:
+        """Count nothing `n` times, while other processes have a batch."""
+        for _ in range(n):
+            distributed.total(0, 0, 0, 0)
 
     def _draw(self, features: Tensor, options: DecodingOptions) -> Tensor:
         """Sample K captions per image, `(B, K, T)`; for the greedy baseline, the greedy caption is one more."""
@@ -109,7 +124,9 @@ class SelfCritical:
         return references.gather(1, order.expand(-1, -1, references.shape[2]))
 
 
-def reinforce(logits: Tensor, captions: Tensor, advantages: Tensor, banned: Sequence[int] = ()) -> Loss:
+def reinforce(
+    logits: Tensor, captions: Tensor, advantages: Tensor, banned: Sequence[int] = (), words: float | None = None
+) -> Loss:
     """Return the mean over words of the negative log-likelihood times the caption's advantage, the objective.
 
     The likelihood is that of sampling, in which banned words have no share. Otherwise words of captions below the
@@ -118,6 +135,7 @@ def reinforce(logits: Tensor, captions: Tensor, advantages: Tensor, banned: Sequ
     Args:
         logits: `(N, T, V)` or `(N, T-1, V)`, as in `caption_loss`. captions: `(B, K, T)`.
         advantages: `(B, K)`, reward minus baseline. banned: ids of words that are not sampled.
+        words: the number of words of the mean, if it is over more than these.
     """
     targets = captions.flatten(0, 1)[:, 1:]  # (N, T-1)
     real = targets != IGNORE
@@ -125,7 +143,8 @@ def reinforce(logits: Tensor, captions: Tensor, advantages: Tensor, banned: Sequ
     logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long, device=logits.device), -math.inf)
     nll = -logits.log_softmax(-1).gather(1, targets[real].unsqueeze(1)).squeeze(1)  # (words,)
     weights = advantages.flatten().to(nll).repeat_interleave(real.sum(1))
-    return Loss((weights * nll).mean(), nll.detach().sum(), real.sum())
+    weighted = weights * nll
+    return Loss(weighted.mean() if words is None else weighted.sum() / words, nll.detach().sum(), real.sum())
 
 
 class Reward:

@@ -13,9 +13,8 @@ import copy
 import math
 import os
 import shlex
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,10 +23,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from showtell import __version__, datasets, metrics
+from showtell import __version__, datasets, distributed, metrics
 from showtell.backbones import uses_bfloat16
 from showtell.checkpoint import Checkpoint, load_checkpoint, read_header, save_checkpoint, save_resume, start_from
-from showtell.data_loader import MAX_WORDS, CaptionDataset, CaptionLoader
+from showtell.data_loader import MAX_WORDS, Batch, CaptionDataset, CaptionLoader
 from showtell.datasets import CaptionSet
 from showtell.decoders import IGNORE
 from showtell.decoding import DecodingOptions
@@ -37,9 +36,11 @@ from showtell.features import FeatureCache
 from showtell.files import lock, require_free_space, write_json
 from showtell.model import (
     CaptionModel,
+    Counts,
     Loss,
     average_weights,
     caption_loss,
+    count,
     doubly_stochastic_penalty,
     drop_words,
     feed_predictions,
@@ -48,7 +49,8 @@ from showtell.model import (
 from showtell.recipes import Recipe, warm_cosine
 from showtell.run import Run, damaged, digest_of_data, generator_states, read_run, seed_everything, set_generator_states
 from showtell.self_critical import SelfCritical
-from showtell.training_log import Totals, TrainingLog, cut_logs, draw_curve, log_sizes
+from showtell.steps import add_up, noted_signals, optimizer_of, refuse
+from showtell.training_log import Totals, TrainingLog, draw_curve, log_sizes
 from showtell.vocabulary import Vocabulary
 
 
@@ -83,6 +85,7 @@ class Trainer:
         self.recipe, self.run = recipe, run
         self.out = Path(run.out)
         self.resumed = bool(state)
+        self.rank, self.n_processes = distributed.rank(), distributed.world_size()
         self._refuse_another_run()
         self.device = torch.device(run.device)
         self.bfloat16 = uses_bfloat16(recipe.precision, self.device)
@@ -119,17 +122,21 @@ class Trainer:
         frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}  # which the average shares
         self.average = copy.deepcopy(self.model, frozen) if recipe.ema else self.model
         self._make_loaders()
-        self.objective: Callable[[Tensor, Tensor], Loss] = self._cross_entropy
+        self.objective = self._cross_entropy
         if self_critical:
             samples = self.loader.dataset
             self.objective = SelfCritical(self.model.decoder, samples, recipe, self.autocast, self._cross_entropy)
-        self.optimizer = _optimizer(self.model, recipe)
-        self.total_steps = recipe.epochs * len(self.loader)
+        self.optimizer = optimizer_of(self.model, recipe)
+        # Resumed, as many batches per step as before, if the number of processes has changed.
+        self.accumulate = math.ceil(state.get("step_batches", 1) / self.n_processes) if state else recipe.accumulate
+        self.batches_per_step = self.accumulate * self.n_processes
+        self.steps_per_epoch = math.ceil(self.loader.batch_sampler.n_batches() / self.batches_per_step)
+        self.total_steps = recipe.epochs * self.steps_per_epoch
         self.warmup = min(recipe.warmup, self.total_steps // 10)  # a small data set must reach its learning rate
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: warm_cosine(step, self.warmup, self.total_steps)
         )
-        self.epoch = self.step = 0  # the next to train; `step` counts inside the epoch
+        self.epoch = self.batches = 0  # to train next; `batches` of all processes, inside the epoch
         self.totals, self.history = Totals(), []
         self._unchecked: list[tuple[int, Tensor]] = []  # the losses of the last steps, still on the device
         # A GPU computes ahead while nothing waits for it. A model that is not finite cannot sample words.
@@ -137,6 +144,8 @@ class Trainer:
         self.best, self.best_epoch, self.stop_signal = -math.inf, 0, 0
         # A run that was killed before its first save starts again, with a new log.
         self._log_sizes: dict | None = {} if (self.out / "run.json").exists() else None
+        if self.rank:  # other dropout than process 0
+            torch.manual_seed(run.seed + (self.rank << 32))
         if state:
             self._restore(state)
 
@@ -179,6 +188,7 @@ class Trainer:
         val = CaptionDataset(self.val_set, self.vocab, self.transform, "val", recipe.group)
         scored = CaptionDataset(scored_set, self.vocab, self.transform, "val", "image")
         options = {"num_workers": run.num_workers, "max_broken": run.max_broken}
+        options |= {"rank": self.rank, "world_size": self.n_processes}
         self.loader = CaptionLoader(train, recipe.batch_size, seed=run.seed, **options)
         self.val_loader = CaptionLoader(val, recipe.batch_size, shuffle=False, **options)
         self.scored_loader = CaptionLoader(scored, 100, shuffle=False, **options)
@@ -189,13 +199,14 @@ class Trainer:
         total = sum(p.numel() for p in self.model.parameters())
         n_captions = sum(map(len, self.train_set.captions))
         config = self.model.config
+        each = f" of {self.batches_per_step} batches" if self.batches_per_step > 1 else ""
         text = (
             f"{self.run.dataset}: {len(self.train_set):,} images with {n_captions:,} captions to train on, "
             f"{len(self.val_set):,} images to validate; {len(self.vocab):,} words "
             f"(threshold {self.recipe.threshold}, tokeniser {self.recipe.tokenizer})\n"
             f"{config['encoder']['backbone']} + {config['decoder']['name']}: "
             f"{trained:,} of {total:,} parameters train; "
-            f"{self.recipe.epochs} epochs of {len(self.loader):,} steps on {self.device}; in {self.out}"
+            f"{self.recipe.epochs} epochs of {self.steps_per_epoch:,} steps{each} on {self.device}; in {self.out}"
         )
         return "\n".join([text, *(f"note: {note}" for note in self.notes())])
 
@@ -250,32 +261,34 @@ class Trainer:
             UserError: the loss is not finite, or the folder is in use or holds another run.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(lock(self.out, "is training in"))
+            stack.enter_context(contextlib.nullcontext() if self.rank else lock(self.out, "is training in"))
             self._refuse_another_run()  # one that came and ended since this one was opened
             self.prepare(progress)
-            for temporary in self.out.glob(".*.tmp"):  # of a save that was killed
-                temporary.unlink(missing_ok=True)
-            stack.enter_context(self._signals())
+            stack.enter_context(noted_signals(partial(setattr, self, "stop_signal")))
             stack.callback(self.loader.close)
-            if self._log_sizes is not None:
-                cut_logs(self.out, self._log_sizes)
-                self._log_sizes = None
-            log = stack.enter_context(TrainingLog(self.out, self.recipe.to_dict() | asdict(self.run), not progress))
-            write_json(self.out / "run.json", {"recipe": self.recipe.to_dict(), "run": asdict(self.run)})
-            if self.history and not self.step:
+            log = None if self.rank else stack.enter_context(self._open_log(progress))
+            if self.history and not self.batches and not self.rank:
                 self._save_models()  # unless they are there: the last save may have been killed half way
             patience = self.run.patience or math.inf
             while self.epoch < self.recipe.epochs and self.epoch - self.best_epoch < patience:
-                self._stop_if_asked()
+                self._stop_if_asked(None if self.n_processes == 1 else 0)
                 try:
-                    record = self._train_epoch(log, progress) | self._validate()
-                except (RuntimeError, OSError):
-                    self._stop_if_asked()  # the signal that asked for it may have ended loader workers as well
+                    record = distributed.of_first(self._train_epoch(log, progress) | self._validate())
+                except (RuntimeError, OSError):  # the signal that asked for it may have ended loader workers as well
+                    self._stop_if_asked(None if self.n_processes == 1 else 0)
                     raise
                 self._finish_epoch(record, log)
                 if on_epoch:
                     on_epoch(record)
         return self.history
+
+    def _open_log(self, progress: bool) -> TrainingLog:
+        for temporary in self.out.glob(".*.tmp"):  # of a save that was killed
+            temporary.unlink(missing_ok=True)
+        log = TrainingLog(self.out, self.recipe.to_dict() | asdict(self.run), not progress, self._log_sizes)
+        self._log_sizes = None
+        write_json(self.out / "run.json", {"recipe": self.recipe.to_dict(), "run": asdict(self.run)})
+        return log
 
     def _refuse_another_run(self) -> None:
         if self.resumed:
@@ -285,31 +298,43 @@ class Trainer:
         if (self.out / "best.safetensors").exists():  # not this code's: it saves resume.pt first
             raise UserError(f"{self.out} holds the model of an older run; move it away, or choose another --out")
 
-    def _train_epoch(self, log: TrainingLog, progress: bool) -> dict:
+    @property
+    def step(self) -> int:
+        """The number of steps in this epoch so far."""
+        return math.ceil(self.batches / self.batches_per_step)
+
+    def _train_epoch(self, log: TrainingLog | None, progress: bool) -> dict:
         sampler = self.loader.batch_sampler
-        sampler.epoch, sampler.skip = self.epoch, self.step
+        sampler.epoch, sampler.skip = self.epoch, self.batches
         self.loader.dataset.set_epoch(self.epoch)
-        n_steps, epochs, saved = len(self.loader), self.recipe.epochs, time.monotonic()
+        n_steps, epochs, saved = self.steps_per_epoch, self.recipe.epochs, time.monotonic()
         self.model.train()
         description = f"epoch {self.epoch + 1}/{epochs}"
         with tqdm(total=n_steps, initial=self.step, desc=description, unit=" steps", disable=not progress) as bar:
-            started, captions_seen, first = time.monotonic(), 0, self.step
-            for images, captions in self.loader:
-                self._train_step(images, captions)
-                self.step = first + self.loader.drawn  # a batch whose images are all broken counts, for resuming
-                captions_seen += int((captions[..., 0] != IGNORE).sum())
+            started, captions_seen = time.monotonic(), 0
+            for batches in self.loader.steps(self.accumulate):
+                counts, asked, due = None, None, not self.rank and time.monotonic() - saved > 60 * self.run.save_minutes
+                if self.batches_per_step > 1:
+                    *numbers, due, asked = distributed.total(*count(batches), due, self.stop_signal)
+                    counts = Counts(*numbers)
+                if trains := counts.batches if counts else batches:  # not if all images of a batch are broken
+                    self._train_step(batches, counts)
+                self.batches = min(self.batches + self.batches_per_step, sampler.n_batches())
+                if not trains:
+                    continue
+                captions_seen += sum(int((captions[..., 0] != IGNORE).sum()) for _, captions in batches)
                 log_now, show_now = (self.step % n == 0 or self.step == n_steps for n in (self.run.print_every, 10))
                 if log_now or show_now:
                     self._check_steps()
-                if log_now:
+                if log and log_now:
                     log.step(self.epoch + 1, epochs, self.step, n_steps, self.totals)
                 if show_now:
-                    rate = captions_seen / (time.monotonic() - started)
+                    rate = self.n_processes * captions_seen / (time.monotonic() - started)
                     loss, ppl = self.totals.recent, metrics.perplexity(self.totals.recent)
                     bar.set_postfix_str(f"loss {loss:.3f}, perplexity {ppl:.2f}, {rate:.0f} captions/s")
                 bar.update()
-                self._stop_if_asked()
-                if time.monotonic() - saved > 60 * self.run.save_minutes:
+                self._stop_if_asked(asked if self.n_processes > 1 else None)
+                if due:
                     self.save_resume()
                     saved = time.monotonic()
         self._check_steps()
@@ -323,36 +348,42 @@ class Trainer:
             "seconds": round(time.monotonic() - started, 1),
         }
 
-    def _train_step(self, images: Tensor, captions: Tensor) -> None:
-        """Take one step; on a CPU, only if loss and gradient are finite."""
-        images, captions = (part.to(self.device, non_blocking=True) for part in (images, captions))
-        with self.autocast():
-            features = self.model.encoder(images)
-        loss = self.objective(features, captions)
+    def _train_step(self, batches: Sequence[Batch], counts: Counts | None = None) -> None:
+        """Take a step of this or, by `counts`, several batches; on a CPU, only if loss and gradient are finite."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.objective.backward()
+        losses = []
+        for images, captions in batches:
+            images, captions = (part.to(self.device, non_blocking=True) for part in (images, captions))
+            with self.autocast():
+                features = self.model.encoder(images)
+            loss = self.objective(features, captions, counts)
+            loss.objective.backward()
+            losses.append(loss._replace(objective=loss.objective.detach()))
+        if isinstance(self.objective, SelfCritical):
+            self.objective.idle(self.accumulate - len(batches))
+        sums = add_up(self.model, losses)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self._unchecked.append((self.step, torch.stack([loss.objective.detach(), norm, loss.nll, loss.words])))
+        self._unchecked.append((self.batches, torch.stack([sums.objective, norm, sums.nll, sums.words])))
         if len(self._unchecked) >= self.check_every:
             self._check_steps()
         self.optimizer.step()
         self.scheduler.step()
         if self.recipe.ema:
             average_weights(self.average, self.model, self.recipe.ema, self.scheduler.last_epoch)
-        if loss.rewards is not None:
-            self.totals.reward += loss.rewards.sum().item()
-            self.totals.samples += loss.rewards.numel()
+        if isinstance(self.objective, SelfCritical):
+            self.totals.reward += sums.reward.item()
+            self.totals.samples += int(sums.samples)
 
     def _check_steps(self) -> None:
         """Add the losses of the last steps to the totals, or raise if one is not finite; waits for the device."""
-        for step, (objective, norm, nll, words) in [(step, values.tolist()) for step, values in self._unchecked]:
+        for before, (objective, norm, nll, words) in [(before, values.tolist()) for before, values in self._unchecked]:
             if not (math.isfinite(objective) and math.isfinite(norm)):
-                self._refuse_step(step, objective, norm)
+                refuse(objective, norm, self.loader, before, self.batches_per_step)
             self.totals.add(nll, int(words))
         self._unchecked.clear()
 
-    def _cross_entropy(self, features: Tensor, captions: Tensor) -> Loss:
-        """Return the loss of true captions, the objective as a mean over words and with the cost of the attention."""
+    def _cross_entropy(self, features: Tensor, captions: Tensor, counts: Counts | None = None) -> Loss:
+        """Return the loss of true captions, the objective as a mean over words (`counts`) and with attention's cost."""
         recipe = self.recipe
         words = drop_words(captions, recipe.word_dropout, self.vocab.unk_id)
         with self.autocast():
@@ -361,33 +392,27 @@ class Trainer:
                 words = feed_predictions(self.model.decoder, features, words, rate)
             logits, alphas = self.model.decoder.teacher_force(features, words.flatten(0, -2))
         loss = caption_loss(logits, captions, recipe.label_smoothing, self.weights)
-        objective = loss.objective / loss.words
+        objective = loss.objective / (counts.words if counts else loss.words)
         if recipe.attention_cost and alphas is not None:
-            objective = objective + recipe.attention_cost * doubly_stochastic_penalty(alphas, captions)
+            penalty = doubly_stochastic_penalty(alphas, captions, counts.captions if counts else None)
+            objective = objective + recipe.attention_cost * penalty
         return loss._replace(objective=objective)
-
-    def _refuse_step(self, step: int, loss: float, norm: float) -> None:
-        batches = self.loader.batch_sampler
-        batches.skip = step
-        indices = next(iter(batches))
-        samples: CaptionDataset = self.loader.dataset
-        images = samples.image_of[indices] if self.recipe.group == "length" else indices
-        names = [str(samples.caption_set.image_ids[i]) for i in dict.fromkeys(map(int, images))]
-        raise UserError(
-            f"the loss became {loss:.4g} and the norm of its gradient {norm:.4g} at step {step + 1} of epoch "
-            f"{self.epoch + 1}, in the batch of the images {', '.join(names[:5])}{' …' if len(names) > 5 else ''}; "
-            "nothing after the last save is kept: lower lr or clip, or check these images and captions"
-        )
 
     def _validate(self) -> dict:
         """Return the loss over the validation split, and the scores of generated captions of its images."""
         recipe = self.recipe
-        loss = mean_loss(self.average, self.val_loader, self.device, self._stop_if_asked)
+        if self.n_processes > 1:  # one that a signal stops below does not wait for the others to save
+            self.save_resume()
+        stop = partial(self._stop_if_asked, save=self.n_processes == 1)
+        loss = mean_loss(self.average, self.val_loader, self.device, stop)
         options = DecodingOptions.of(self.vocab, length_penalty=recipe.length_penalty, max_len=recipe.max_len)
         loader = self.scored_loader
-        found = write_captions(self.average, loader, options, recipe.beam_size, self.device, self._stop_if_asked)
+        found = write_captions(self.average, loader, options, recipe.beam_size, self.device, stop)
+        shares = distributed.of_all_at_first({i: self.vocab.decode(h.ids) for i, h in found.items()})
+        if self.rank:
+            return {}  # process 0 scores the captions of all
+        captions = {i: text for share in shares for i, text in share.items()}
         references = loader.dataset.caption_set.references()
-        captions = {i: self.vocab.decode(h.ids) for i, h in found.items()}
         scores = metrics.score({i: references[i] for i in captions}, captions).corpus
         health = metrics.health(list(captions.values()))
         return {
@@ -397,17 +422,19 @@ class Trainer:
             "captions": {key: round(health[key], 6) for key in ("captions", "distinct", "bad_endings", "mean_length")},
         }
 
-    def _finish_epoch(self, record: dict, log: TrainingLog) -> None:
+    def _finish_epoch(self, record: dict, log: TrainingLog | None) -> None:
         value = -record["val_loss"] if self.run.best_by == "loss" else record["scores"][self.run.best_by]
         record["best"] = value > self.best
         self.history.append(record)
-        self.epoch, self.step, self.totals = self.epoch + 1, 0, Totals()
+        self.epoch, self.batches, self.totals = self.epoch + 1, 0, Totals()
         if record["best"]:
             self.best, self.best_epoch = value, self.epoch
-        log.epoch(record, self.recipe.epochs, self.device)
+        if log:
+            log.epoch(record, self.recipe.epochs, self.device)
         self.save_resume()  # first: a run that is killed before its models are written writes them when it is resumed
-        self._save_models()
-        draw_curve(self.out / "curve.png", self.history)
+        if log:
+            self._save_models()
+            draw_curve(self.out / "curve.png", self.history)
 
     def _save_models(self) -> None:
         """Write the model of the epoch that has just ended, as `last` and perhaps `best`, where it is not there yet."""
@@ -426,13 +453,16 @@ class Trainer:
     def save_resume(self) -> None:
         """Write `resume.pt`, which holds all that is needed to continue after this step."""
         self._check_steps()
+        generators = generator_states(self.device)
+        if self.rank:
+            return
         needed = 3 * sum(p.nbytes for p in self.model.parameters())  # Adam keeps two numbers per parameter
         require_free_space(self.out, needed, f"saving {self.out / 'resume.pt'}")
         state = {"showtell": __version__, "recipe": self.recipe.to_dict(), "run": asdict(self.run)}
-        state |= {"data": self.data, "vocabulary": self.vocab.to_dict(), "generators": generator_states(self.device)}
+        state |= {"data": self.data, "vocabulary": self.vocab.to_dict(), "generators": generators}
         state |= {part: getattr(self, part).state_dict() for part in self._parts()}
-        state |= {"epoch": self.epoch, "step": self.step, "totals": asdict(self.totals), "log": log_sizes(self.out)}
-        state |= {"history": self.history, "best": [self.best, self.best_epoch]}
+        state |= {"epoch": self.epoch, "step": self.batches, "totals": asdict(self.totals), "log": log_sizes(self.out)}
+        state |= {"history": self.history, "best": [self.best, self.best_epoch], "step_batches": self.batches_per_step}
         save_resume(self.out / "resume.pt", state)
 
     def _parts(self) -> list[str]:
@@ -442,10 +472,12 @@ class Trainer:
         try:
             for part in self._parts():
                 getattr(self, part).load_state_dict(state[part])
-            self.epoch, self.step, self.history = state["epoch"], state["step"], state["history"]
+            self.epoch, self.batches, self.history = state["epoch"], state["step"], state["history"]
             self.totals = Totals(**state["totals"])
             self.best, self.best_epoch = state["best"]
             set_generator_states(self.device, state["generators"])
+            if (before := state.get("step_batches", 1)) != self.batches_per_step:
+                self.scheduler.last_epoch = round(self.scheduler.last_epoch * before / self.batches_per_step)
             at = warm_cosine(self.scheduler.last_epoch, self.warmup, self.total_steps)
             for group, lr in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
                 group["lr"] = lr * at  # as saved, unless the number of epochs has been raised
@@ -453,43 +485,12 @@ class Trainer:
             raise damaged(self.out / "resume.pt", f"{type(error).__name__}: {error}".splitlines()[0]) from error
         self._log_sizes = state.get("log")
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """On Ctrl-C or SIGTERM, end the run after the current step and save it; on a second, end at once, unsaved."""
-        before = {}
-
-        def note(number: int, _: object) -> None:
-            self.stop_signal = number
-            signal.signal(number, signal.default_int_handler)
-            # PyTorch's handler raises wherever the program is, if the same signal ends a loader worker.
-            if (child := getattr(signal, "SIGCHLD", None)) and child not in before:
-                before[child] = signal.signal(child, signal.SIG_DFL)
-
-        with contextlib.suppress(ValueError):  # not the main thread, which alone handles signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _stop_if_asked(self) -> None:
+    def _stop_if_asked(self, asked: float | None = None, save: bool = True) -> None:
         """Save and raise if a signal came; stopped in validation, the epoch is resumed after its last step."""
-        if self.stop_signal:
-            self.save_resume()
-            command = f"showtell train --resume --out {shlex.quote(str(self.out))}"
+        if self.stop_signal if asked is None else asked:  # the sum over all processes, which stop together
+            if save:
+                self.save_resume()
+                distributed.total(0)  # no process ends before the file is there
+            command = f"{distributed.command()} train --resume --out {shlex.quote(str(self.out))}"
             where = f"epoch {self.epoch + 1} after step {self.step}"
             raise Stopped(f"stopped in {where}, and saved; to continue, type: {command}")
-
-
-def _optimizer(model: CaptionModel, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the recipe's optimiser; a pretrained backbone that trains has its own learning rate."""
-    backbone = [p for p in model.encoder.backbone.parameters() if p.requires_grad]
-    others = [*model.decoder.parameters(), *model.encoder.embed.parameters()]
-    groups = [{"params": others, "lr": recipe.lr}]
-    if backbone:
-        groups.append({"params": backbone, "lr": recipe.lr if recipe.encoder == "tiny" else recipe.backbone_lr})
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
-    return torch.optim.Adam(groups, fused=True)  # one pass over the memory: a third of the time on a CPU

@@ -64,11 +64,15 @@ class TrainingLog:
     These two show the same numbers: the loss by step, the others by epoch.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, object], quiet: bool = False) -> None:
+    def __init__(
+        self, out: Path, settings: Mapping[str, object], quiet: bool = False, sizes: Mapping[str, int] | None = None
+    ) -> None:
         """Open the log of the run in `out`; unless `quiet`, each epoch's line is printed too.
 
-        `settings` are those of the run; `tensorboard` and `wandb` ask for these logs.
+        `settings` are those of the run; `tensorboard` and `wandb` ask for these logs. `sizes`: see `cut_logs`.
         """
+        if sizes is not None:
+            cut_logs(out, sizes)
         self.quiet = quiet
         self.board = None
         if settings["tensorboard"]:

@@ -52,7 +52,7 @@ def test_the_plain_flickr8k_recipe():
 def test_an_unknown_recipe_or_setting_lists_those_there_are():
     with pytest.raises(UserError, match=r"there is no recipe 'best'; choose one of flickr8k-show-tell, .*, demo"):
         recipe_named("best")
-    with pytest.raises(UserError, match=r"a recipe has no setting 'learning_rate'; it has attention_cost, .* lr, "):
+    with pytest.raises(UserError, match=r"a recipe has no setting 'learning_rate'; it has accumulate, .* lr, "):
         Recipe().with_settings({"learning_rate": 1})
 
 

@@ -84,7 +84,7 @@ def objective_of(trainer: Trainer) -> SelfCritical:
 
 def with_gradient(trainer: Trainer) -> set[str]:
     """Take a step; return the names of the parameters that had a gradient."""
-    trainer._train_step(*next(iter(trainer.loader)))
+    trainer._train_step([next(iter(trainer.loader))])
     return {name for name, p in trainer.model.named_parameters() if p.grad is not None and (p.grad != 0).any()}
 
 
@@ -106,7 +106,7 @@ def test_the_baseline_leaves_the_sample_itself_out(baseline, first, tmp_path, mo
     seen = []
     monkeypatch.setattr("showtell.self_critical.reinforce", lambda *args: seen.extend(args[2:]) or reinforce(*args))
     images, captions = next(iter(trainer.loader))
-    trainer._train_step(images[:2], captions[:2])
+    trainer._train_step([(images[:2], captions[:2])])
     expected = [[-1, 0, 4], [-1, -1, 2]] if baseline == "greedy" else [[-3, -1.5, 4.5], [-1.5, -1.5, 3]]
     assert seen[0].tolist() == expected
     assert seen[1] == objective_of(trainer).options.banned != ()
@@ -156,7 +156,7 @@ def test_samples_have_dropout_unless_it_is_turned_off(first, tmp_path, monkeypat
         trainer = trainer_in(tmp_path / str(on), recipe, init=first)
         watch(trainer.model.decoder, "step", on)
         watch(trainer.model.decoder, "teacher_force", on)
-        trainer._train_step(*next(iter(trainer.loader)))
+        trainer._train_step([next(iter(trainer.loader))])
     assert set(modes) == {
         (False, "step", False), (False, "teacher_force", True),
         (True, "step", True), (True, "step", False), (True, "teacher_force", True),  # the greedy caption has none
@@ -170,10 +170,10 @@ def test_rewards_see_all_captions_and_the_cross_entropy_some(first, tmp_path):
     objective, rewarded, kept = objective_of(trainer), [], []
     reward, cross_entropy = Reward(objective.samples), objective.cross_entropy
     objective.reward = lambda captions, references: rewarded.append(references) or reward(captions, references)
-    objective.cross_entropy = lambda features, captions: kept.append(captions) or cross_entropy(features, captions)
+    objective.cross_entropy = lambda features, true, counts: kept.append(true) or cross_entropy(features, true)
     images, captions = next(iter(trainer.loader))
     captions = torch.cat([captions, torch.full_like(captions, IGNORE)], 1)  # as of an image with more captions
-    trainer._train_step(images, captions)
+    trainer._train_step([(images, captions)])
     assert torch.equal(rewarded[0], captions)
     assert captions.shape[:2] == (4, 10)
     assert kept[0].shape[:2] == (4, 2)

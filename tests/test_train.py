@@ -87,9 +87,9 @@ def before_each_step(trainer: Trainer, action) -> None:
     """Call `action` with the captions of each batch, just before the step."""
     take_step = trainer._train_step
 
-    def step(images, captions):
-        action(captions)
-        return take_step(images, captions)
+    def step(batches, counts):
+        action(batches[0][1])
+        return take_step(batches, counts)
 
     trainer._train_step = step
 
@@ -440,7 +440,7 @@ def test_a_save_that_fails_leaves_the_old_one_whole(failing, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     again = resumed(tmp_path)
-    again.step = 7
+    again.batches = 7
     message = "No space left"
     if failing == "torch.save":
         monkeypatch.setattr(torch, "save", half_written)
@@ -592,7 +592,7 @@ def test_a_batch_without_a_readable_image_is_not_counted_twice_when_resuming(tmp
     data = on_disk(tmp_path / "train", drawn(6), second), drawn(5, "val")
     trainer_in(tmp_path / "straight", recipe, *data).fit(progress=False)
     trainer = trainer_in(tmp_path / "stopped", recipe, *data)
-    stop_at(trainer, 2, match="after step 3")
+    stop_at(trainer, 3, match="after step 3")
     torch.manual_seed(999)
     Trainer.resume(tmp_path / "stopped", *data).fit(progress=False)
     assert_same_run(tmp_path / "stopped", tmp_path / "straight")
@@ -804,13 +804,13 @@ def test_the_random_numbers_of_any_device_are_saved_and_restored(kind, monkeypat
     module = getattr(torch, kind)
     monkeypatch.setattr(module, "get_rng_state", lambda of: state if of == device else None)
     monkeypatch.setattr(module, "set_rng_state", lambda value, of: restored.append((value.tolist(), of)))
-    states = run_module.generator_states(device)
+    (states,) = run_module.generator_states(device)
     assert states.keys() == {"torch", kind}
     numbers = torch.rand(3)
-    run_module.set_generator_states(device, states)
+    run_module.set_generator_states(device, [states])
     assert restored == [(state.tolist(), device)]
     assert torch.equal(torch.rand(3), numbers)
-    run_module.set_generator_states(torch.device("cpu"), states)  # a run may continue on another device
+    run_module.set_generator_states(torch.device("cpu"), [states])  # a run may continue on another device
     run_module.set_generator_states(device, run_module.generator_states(torch.device("cpu")))
     assert len(restored) == 1
 
@@ -855,7 +855,7 @@ def test_words_are_hidden_from_the_decoder_and_not_from_the_loss(tmp_path):
     with torch.no_grad():
         logits, _ = trainer.model(images, drop_words(captions, 0.5, trainer.vocab.unk_id))
     torch.manual_seed(1)
-    trainer._train_step(images, captions)
+    trainer._train_step([(images, captions)])
     assert trainer.totals.nll == pytest.approx(caption_loss(logits, captions).nll.item())
     assert trainer.totals.words == (captions[..., 1:] >= 0).sum()
 
@@ -907,7 +907,7 @@ def test_every_parameter_learns_from_predicted_words(precision, tmp_path):
     recipe = SMALL.with_settings({"decoder": "show-tell", "scheduled_sampling": 0.9, "precision": precision})
     trainer = trainer_in(tmp_path, recipe)
     trainer.scheduler.last_epoch = trainer.total_steps - 1
-    trainer._train_step(*next(iter(trainer.loader)))
+    trainer._train_step([next(iter(trainer.loader))])
     assert not [name for name, p in trainer.model.named_parameters() if p.grad is None or not p.grad.any()]
 
 
@@ -964,7 +964,7 @@ def test_the_attention_cost_is_added_to_the_objective(tmp_path):
         recipe = PLAIN.with_settings({"decoder": "attend", "attention_cost": cost, "clip": 1e9})
         trainer = trainer_in(tmp_path / str(cost), recipe)
         images, captions = next(iter(trainer.loader))
-        trainer._train_step(images, captions)
+        trainer._train_step([(images, captions)])
         gradients.append(trainer.model.decoder.attention.query.weight.grad.clone())
     trainer = trainer_in(tmp_path / "fresh", recipe)
     _, alphas = trainer.model(images, captions)
@@ -1028,7 +1028,7 @@ def test_the_optimiser_gets_these_rates(tmp_path, no_curve):
 
 def test_the_gradient_is_clipped(tmp_path):
     trainer = trainer_in(tmp_path, PLAIN.with_settings({"clip": 0.01}))
-    trainer._train_step(*next(iter(trainer.loader)))
+    trainer._train_step([next(iter(trainer.loader))])
     norm = torch.stack([p.grad.norm() for p in trainer.model.parameters()]).norm()
     assert norm.item() == pytest.approx(0.01, rel=1e-3)
 
