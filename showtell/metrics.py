@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -122,6 +124,7 @@ class DocumentFrequencies:
     has the weight of an unknown one, so those are not kept.
     """
 
+    IMAGES_AT_ONCE: ClassVar[int] = 5000
     counts: dict[str, int]
     n_images: int
     tokenizer: str = "ptb"
@@ -131,16 +134,21 @@ class DocumentFrequencies:
         """Count the n-grams of `references`, a list of captions for each image."""
         tokenize = _tokenizer(tokenizer)
         # Tuples: the garbage collector ignores tuples of strings, and takes as long as the tokeniser for lists.
-        return cls.count([[tuple(tokenize(caption)) for caption in group] for group in references], tokenizer)
+        return cls.count(([tuple(tokenize(caption)) for caption in group] for group in references), tokenizer)
 
     @classmethod
-    def count(cls, references: Sequence[Sequence[Tokens]], tokenizer: str = "") -> DocumentFrequencies:
-        """Count the n-grams of captions that are tokens already, of whatever kind."""
-        corpus, counts = NgramCounts(references, [[]] * len(references)), {}
-        for order in corpus.orders:
-            frequent = np.flatnonzero(order.documents > 1)
-            counts |= zip(order.texts(corpus, frequent), order.documents[frequent].tolist(), strict=True)
-        return cls(counts, len(references), tokenizer)
+    def count(cls, references: Iterable[Sequence[Tokens]], tokenizer: str = "") -> DocumentFrequencies:
+        """Count the n-grams of captions that are tokens already, of whatever kind.
+
+        `IMAGES_AT_ONCE` at a time: what grows with the data is the table of different n-grams.
+        """
+        references, counts, n_images = iter(references), Counter(), 0
+        while part := list(itertools.islice(references, cls.IMAGES_AT_ONCE)):
+            corpus = NgramCounts(part, [[]] * len(part))
+            for order in corpus.orders:
+                counts.update(dict(zip(order.texts(corpus), order.documents.tolist(), strict=False)))
+            n_images += len(part)
+        return cls({text: n for text, n in counts.items() if n > 1}, n_images, tokenizer)
 
 
 def _cider_rows(corpus: Corpus) -> np.ndarray:

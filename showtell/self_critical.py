@@ -158,7 +158,7 @@ class Reward:
         """Count the images of a training set whose captions contain each n-gram."""
         self.bleu_weight = bleu_weight
         images = range(len(samples.caption_set))
-        references = [[_words(ids.tolist()) for ids in samples.captions_of(i)] for i in images]
+        references = ([_words(ids.tolist()) for ids in samples.captions_of(i)] for i in images)
         self.frequencies = DocumentFrequencies.count(references)
 
     def __call__(self, captions: Tensor, references: Tensor) -> Tensor:

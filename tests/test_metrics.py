@@ -202,6 +202,13 @@ def test_document_frequencies_of_the_same_references_change_nothing_and_make_one
     assert any("0 by definition" in note for note in alone.notes)
 
 
+def test_document_frequencies_are_counted_in_parts(monkeypatch):
+    whole = DocumentFrequencies.build(GOLDEN["references"].values())
+    monkeypatch.setattr(DocumentFrequencies, "IMAGES_AT_ONCE", 7)
+    assert DocumentFrequencies.build(iter(GOLDEN["references"].values())) == whole
+    assert len(GOLDEN["references"]) % 7  # the last part is a smaller one
+
+
 def test_document_frequencies_of_another_tokeniser_are_refused():
     table = DocumentFrequencies.build(GOLDEN["references"].values(), "treebank")
     with pytest.raises(UserError, match="counted with the tokeniser 'treebank', not 'ptb'; count them with Document"):
