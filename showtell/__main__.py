@@ -12,6 +12,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from showtell.arguments import build_parser
@@ -262,6 +263,27 @@ def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> No
             raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
+def _shard(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from showtell import datasets
+    from showtell.shards import write_shards
+    from showtell.sources import find_sources
+
+    if bool(args.sources) == bool(args.dataset):
+        raise UserError("shard takes images, or a data set with --dataset NAME; give one of them")
+    _check_outputs([], args.out)
+    if args.sources:
+        samples, name = [(source.name, [], source) for source in find_sources(args.sources)], "images"
+    else:
+        images, name = datasets.load(args.dataset, args.data_dir, args.split), args.split
+        samples = list(zip(images.image_ids, images.captions, images.sources(), strict=True))
+    progress = partial(tqdm, desc="shards", unit=" images")
+    paths = write_shards(samples, args.out, name, args.size * 2**20, progress)
+    _say(f"{len(samples)} images in {len(paths)} shards, {paths[0]} …")
+    return 0
+
+
 def _app(args: argparse.Namespace) -> int:
     from showtell.app import serve
 
@@ -337,6 +359,7 @@ COMMANDS = {
     "calibrate": _calibrate,
     "score": _score,
     "caption": _caption,
+    "shard": _shard,
     "app": _app,
     "export": _export,
     "push": _push,

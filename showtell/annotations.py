@@ -11,7 +11,7 @@ import json
 import os
 import posixpath
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ IMAGE_COLUMNS = ("image", "image_name", "file_name", "filename", "file", "path",
 CAPTION_COLUMNS = ("caption", "captions", "text", "sentence", "comment")
 SPLIT_NAMES = {"": None, "train": "train", "restval": "train", "test": "test"}
 SPLIT_NAMES |= dict.fromkeys(("val", "dev", "valid", "validation"), "val")
+ID = int, str  # the types of an image's id
 _FORMS = "give csv or tsv with the columns image and caption, json or jsonl with such keys, or COCO's json"
 
 
@@ -164,6 +165,30 @@ def read_text(path: Path) -> str:
 def read_json(path: Path):
     """Return a json file's value; the error for a bad file names its path."""
     return _parse(read_text(path), str(path))
+
+
+def json_lists(path: Path, keys: Sequence[str], form: str) -> list[list]:
+    """Return the lists of these names in a json file's object."""
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a json {type(values).__name__}; give {form}")
+    for key in keys:
+        if not isinstance(values.get(key), list):
+            raise UserError(f"{path} has no list named {key!r}; give {form}")
+    return [values[key] for key in keys]
+
+
+def json_values(entry: object, kinds: dict[str, type | tuple[type, ...]], place: str) -> list:
+    """Return the values of these keys of a json object, each checked for its type."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{place} is {reprlib.repr(entry)}; write an object with {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        value = entry.get(key)
+        if key not in entry or not isinstance(value, kind) or isinstance(value, bool):
+            given = f"the {key} {reprlib.repr(value)}" if key in entry else f"no {key}"
+            accepted = {ID: "a number or text", list: "a list"}.get(kind, "text")
+            raise UserError(f"{place} has {given}; write {accepted} for {key}")
+    return [entry[key] for key in kinds]
 
 
 def _parse(text: str, place: str):

@@ -95,6 +95,13 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     caption = add("caption", "caption images: files, folders, patterns, web links, standard input")
     _add_caption(caption)
 
+    shard = add("shard", "write images, or a data set, as WebDataset shards; continues what was stopped")
+    shard.add_argument("sources", nargs="*", metavar="SOURCE", help="images, as of caption; or leave out and give:")
+    _add_data(shard, None)
+    shard.add_argument("--split", default="train", help="split of the data set (default train)")
+    shard.add_argument("--out", required=True, metavar="DIR", help="folder of the shards")
+    shard.add_argument("--size", type=_count, default=256, metavar="MB", help="size of a shard (default 256)")
+
     app = add("app", "serve a page in the browser that captions images, until Ctrl-C")
     _add_model(app)
     app.add_argument("--compare", metavar="M", help="second model, to compare captions of the same image")
@@ -194,8 +201,8 @@ def _add_model(parser: argparse.ArgumentParser, precision: str = "") -> None:
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
     add, parser.usage = parser.add_argument, "%(prog)s [options] IMAGE [IMAGE ...]"
-    summary = "image file; folder, searched recursively; quoted pattern, like 'photos/*.jpg'; web link; or -, standard"
-    add("sources", nargs="+", metavar="IMAGE", help=f"{summary} input: an image, or a list of these, one a line")
+    summary = "image file; folder, searched recursively; quoted pattern, like 'photos/*.jpg'; tar; web link; or"
+    add("sources", nargs="+", metavar="IMAGE", help=f"{summary} -, standard input: an image, or a list, one a line")
     add("--allow-private", action="store_true", help="follow links into the local network, too")
     _add_model(parser, "auto")
     summary = "auto (default) is ONNX Runtime if it is installed and the model is exported, else torch"

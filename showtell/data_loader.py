@@ -139,7 +139,7 @@ class CaptionDataset(Dataset):
             flipped = may_flip and self.transform.flips(key)
             image = self._image(image_index, key, flipped)
         except (BrokenImageError, MissingFileError) as error:
-            path, reason = str(self.caption_set.path(image_index)), str(error)
+            path, reason = self.caption_set.label(image_index), str(error)
             return Broken(path, reason if path in reason else f"{path}: {reason}")
         if self.group == "length":
             return image, self._caption(int(index), flipped)
@@ -161,7 +161,7 @@ class CaptionDataset(Dataset):
             return self._transformed(self.caption_set.image(image_index), key)
         cache, rows = (self.mirror_cache, self.mirror_rows) if flipped else (self.cache, self.rows)
         if rows[image_index] < 0:
-            raise BrokenImageError(f"{self.caption_set.path(image_index)} has no cached features")
+            raise BrokenImageError(f"{self.caption_set.label(image_index)} has no cached features")
         return cache[rows[image_index]]
 
     def _transformed(self, image: Tensor, key: tuple | None = None) -> Tensor:

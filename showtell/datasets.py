@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import itertools
 import os
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +18,14 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from showtell.annotations import find_table, normal_path, read_json, read_rows, read_text
+from showtell.annotations import ID, find_table, json_lists, json_values, normal_path, read_json, read_rows, read_text
 from showtell.errors import MissingFileError, UserError
-from showtell.transforms import read_image
+from showtell.image_stream import digest_of_pixels
+from showtell.shards import Sample, read_shard
+from showtell.transforms import decode_image, read_image
 
 if TYPE_CHECKING:
     import torch
-
-_ID = (int, str)
 
 
 @dataclass(eq=False, repr=False)
@@ -60,11 +59,19 @@ class CaptionSet:
         return read_image(self.path(i))
 
     def path(self, i: int) -> str | None:
-        """Return the file of image `i`; None if it is drawn."""
+        """Return the file of image `i`; None if it is drawn or in a shard."""
         return os.path.join(self.folder, self.files[i]) if self.files else None
 
-    def sources(self) -> list[str | Callable[[], torch.Tensor]]:
-        """Return a path for each image, or a function that draws it, for `image_stream.stream_images`."""
+    def label(self, i: int) -> str:
+        """Return what messages call image `i`: its path or, without one, its id."""
+        return str(self.path(i) or self.image_ids[i])
+
+    def digest(self, i: int) -> str:
+        """Return what identifies the contents of image `i` if it has no file of its own; drawing it is fast."""
+        return digest_of_pixels(self.image(i))
+
+    def sources(self) -> list[str | Callable[[], torch.Tensor | bytes]]:
+        """Return a path for each image, or a function that draws or reads it, for `image_stream.stream_images`."""
         return [self.path(i) or functools.partial(self.image, i) for i in range(len(self))]
 
     def all_captions(self) -> Iterator[str]:
@@ -92,7 +99,7 @@ class CaptionSet:
 def join(sets: Sequence[CaptionSet], styles: Sequence[str] = ()) -> CaptionSet:
     """Join several sets of files, in their order, with a style each; no two may have an image id in common."""
     if drawn := next((caption_set.name for caption_set in sets if not caption_set.files), None):
-        raise UserError(f"the data set {drawn} is drawn and has no files to join with others; export it as COCO first")
+        raise UserError(f"the data set {drawn} has no files to join with others; export it as COCO first")
     ids = [image_id for caption_set in sets for image_id in caption_set.image_ids]
     if twice := next((image_id for image_id, n in Counter(map(str, ids)).items() if n > 1), None):
         raise UserError(f"the image id {twice} is in two of the data sets that are joined; give each image its own id")
@@ -149,6 +156,34 @@ class SyntheticSet(CaptionSet):
     def _of(self, chosen: Sequence[int]) -> SyntheticSet:
         indices, captions = ([values[i] for i in chosen] for values in (self.indices, self.captions))
         return SyntheticSet(self.split, indices, self.size, self.seed, captions)
+
+
+class ShardSet(CaptionSet):
+    """Images inside the tar files of `showtell.shards`, each read from its place there."""
+
+    def __init__(self, split: str, samples: list[Sample]):
+        self.samples = samples
+        ids, captions = ([getattr(sample, name) for sample in samples] for name in ("id", "captions"))
+        super().__init__("shards", split, ids, captions, [])
+
+    def image(self, i: int) -> torch.Tensor:
+        """Read image `i`: (3, H, W) uint8 RGB."""
+        return decode_image(self.samples[i](), self.samples[i].name)
+
+    def label(self, i: int) -> str:
+        """Return shard and member of image `i`."""
+        return self.samples[i].name
+
+    def digest(self, i: int) -> str:
+        """Return the digest of the image's bytes, which is in the shard's index."""
+        return self.samples[i].digest
+
+    def sources(self) -> list[Sample]:
+        """Return the samples, which are functions that read an image."""
+        return self.samples
+
+    def _of(self, chosen: Sequence[int]) -> ShardSet:
+        return ShardSet(self.split, [self.samples[i] for i in chosen])
 
 
 def load(name: str, data_dir: str | os.PathLike | None = None, split: str = "train", **options) -> CaptionSet:
@@ -218,15 +253,15 @@ def read_coco(
     if not path.exists():
         raise MissingFileError(f"there is no {path}; give the folder that holds COCO's annotations/")
     form = 'COCO captions: an object with "images" and "annotations"'
-    images, captions = _lists(path, ("images", "annotations"), form)
+    images, captions = json_lists(path, ("images", "annotations"), form)
     if captions and isinstance(captions[0], dict) and "caption" not in captions[0]:
         raise UserError(f"{path} holds no captions (is it the instances file?); give COCO's captions json")
-    kinds = {"id": _ID, "file_name": str}
-    files = [_values(image, kinds, f"image {number} of {path}") for number, image in enumerate(images, 1)]
+    kinds = {"id": ID, "file_name": str}
+    files = [json_values(image, kinds, f"image {number} of {path}") for number, image in enumerate(images, 1)]
     _require_unique((identity for identity, _ in files), f"{path} lists the image id", "give each image its own id")
     records: dict[int | str, tuple[str, list[str]]] = {identity: (file, []) for identity, file in files}
-    kinds = {"id": _ID, "image_id": _ID, "caption": (str, type(None))}
-    rows = [_values(row, kinds, f"annotation {number} of {path}") for number, row in enumerate(captions, 1)]
+    kinds = {"id": ID, "image_id": ID, "caption": (str, type(None))}
+    rows = [json_values(row, kinds, f"annotation {number} of {path}") for number, row in enumerate(captions, 1)]
     _require_unique((row[0] for row in rows), f"{path} lists the annotation id", "give each caption its own id")
     for _, image_id, caption in rows:
         if image_id not in records:
@@ -253,19 +288,19 @@ def read_karpathy(
             raise MissingFileError(f"{data_dir} holds {names}; name the json to read with the option annotations")
         annotations = found[0]
     path = Path(annotations)
-    (images,) = _lists(path, ("images",), 'Karpathy\'s splits: an object with "images"')
+    (images,) = json_lists(path, ("images",), 'Karpathy\'s splits: an object with "images"')
     wanted = {"train": ("train", "restval")}.get(split, (split,))
     records, ids, files, splits = [], [], [], set()
     for number, image in enumerate(images):
         place = f"image {number + 1} of {path}"
-        name, named_split, sentences = _values(image, {"filename": str, "split": str, "sentences": list}, place)
+        name, named_split, sentences = json_values(image, {"filename": str, "split": str, "sentences": list}, place)
         optional = {"id": image.get("cocoid", image.get("imgid", number)), "filepath": image.get("filepath", "")}
-        identity, parent = _values(optional, {"id": _ID, "filepath": str}, place)
+        identity, parent = json_values(optional, {"id": ID, "filepath": str}, place)
         ids.append(identity)
         files.append(normal_path(os.path.join(parent, name)))
         splits.add(named_split)
         if named_split in wanted:
-            texts = [_values(sentence, {"raw": str}, f"a sentence of {place}")[0] for sentence in sentences]
+            texts = [json_values(sentence, {"raw": str}, f"a sentence of {place}")[0] for sentence in sentences]
             records.append((identity, files[-1], texts))
     _require_unique(ids, f"{path} lists the image id", "list each image once")
     _require_unique(files, f"{path} lists the file", "list each image once")
@@ -372,6 +407,21 @@ def read_samples(split: str = "test") -> CaptionSet:
     return _assemble("samples", split, records, Path(), len(records))
 
 
+def read_shards(data_dir: Path, split: str = "train") -> CaptionSet:
+    """Read WebDataset tars with the split in their names, of `showtell shard` or another program.
+
+    Images without captions are left out. What is in memory is the table of captions, not the images.
+    """
+    _require_split("shards", split, ("train", "val", "test"))
+    if not (paths := sorted(data_dir.glob(f"*{split}*.tar"))):
+        raise MissingFileError(f"there is no *{split}*.tar in {data_dir}; write it with showtell shard --split {split}")
+    samples = [sample for path in paths for sample in read_shard(path) if sample.captions]
+    if not samples:
+        raise UserError(f"no image in the shards of {split} in {data_dir} has a caption; shard a data set (--dataset)")
+    _require_unique((sample.id for sample in samples), f"{data_dir} has the image id", "give each image its own id")
+    return ShardSet(split, samples)
+
+
 # A reader takes `split`, `data_dir` (a Path) unless it reads no files, and its own options by name.
 READERS: dict[str, Callable[..., CaptionSet]] = {
     "coco": read_coco,
@@ -379,6 +429,7 @@ READERS: dict[str, Callable[..., CaptionSet]] = {
     "flickr8k": read_flickr8k,
     "folder": read_folder,
     "samples": read_samples,
+    "shards": read_shards,
     "synthetic": read_synthetic,
 }
 
@@ -428,30 +479,6 @@ def _first_folder(candidates: Sequence[Path], what: str) -> Path:
         if folder.is_dir():
             return folder
     raise MissingFileError(f"there is no folder {' or '.join(map(str, candidates))}; put {what} there")
-
-
-def _lists(path: Path, keys: Sequence[str], form: str) -> list[list]:
-    """Return the lists of these names in a json file's object."""
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds a json {type(values).__name__}; give {form}")
-    for key in keys:
-        if not isinstance(values.get(key), list):
-            raise UserError(f"{path} has no list named {key!r}; give {form}")
-    return [values[key] for key in keys]
-
-
-def _values(entry: object, kinds: dict[str, type | tuple[type, ...]], place: str) -> list:
-    """Return the values of these keys of a json object, each checked for its type."""
-    if not isinstance(entry, dict):
-        raise UserError(f"{place} is {reprlib.repr(entry)}; write an object with {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        value = entry.get(key)
-        if key not in entry or not isinstance(value, kind) or isinstance(value, bool):
-            given = f"the {key} {reprlib.repr(value)}" if key in entry else f"no {key}"
-            accepted = {_ID: "a number or text", list: "a list"}.get(kind, "text")
-            raise UserError(f"{place} has {given}; write {accepted} for {key}")
-    return [entry[key] for key in kinds]
 
 
 def _draw_splits(files: Iterable[str], val: float, test: float, seed: int) -> dict[str, str]:

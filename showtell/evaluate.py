@@ -80,7 +80,7 @@ def write_captions(
         found += [best for (best,) in decode(model.decoder, features, options=styled, beam_size=beam_size)]
     caption_set = samples.caption_set
     own = [i for batch in loader.batch_sampler for i in batch]
-    ids = [str(caption_set.image_ids[i]) for i in own if str(caption_set.path(i)) not in loader.broken]
+    ids = [str(caption_set.image_ids[i]) for i in own if caption_set.label(i) not in loader.broken]
     return dict(zip(ids, found, strict=True))
 
 

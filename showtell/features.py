@@ -38,7 +38,7 @@ from showtell import distributed
 from showtell.backbones import Backbone
 from showtell.errors import UserError
 from showtell.files import lock, readable_size, require_free_space, write_json
-from showtell.image_stream import LoadedImage, Stamp, digest_of, digest_of_pixels, file_stamp, stream_images
+from showtell.image_stream import LoadedImage, Stamp, digest_of, file_stamp, stream_images
 from showtell.transforms import Transform, read_bytes
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ class FeatureCache:
     def _find(self, caption_set: CaptionSet, i: int) -> int:
         """Return the row of image i, or -1."""
         path = caption_set.path(i)
-        if path is None:  # drawn: drawing it again is as fast as reading a file
-            return self._row_of_digest.get(digest_of_pixels(caption_set.image(i)), -1)
+        if path is None:
+            return self._row_of_digest.get(caption_set.digest(i), -1)
         stamp = file_stamp(path)
         if stamp is None or stamp in self._row_of_stamp:
             return self._row_of_stamp.get(stamp, -1)
@@ -348,7 +348,7 @@ class FeatureCache:
                 writer.add([image for image in batch if not image.error], compute)
                 bar.update(len(batch))
                 if len(broken) > max_broken or len(broken) == len(caption_set):
-                    names = [str(caption_set.path(i) or caption_set.image_ids[i]) for i in broken]
+                    names = [caption_set.label(i) for i in broken]
                     raise _too_many_broken(names, len(caption_set), max_broken)
         return list(broken.values())
 

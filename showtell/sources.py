@@ -27,6 +27,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from showtell import __version__
 from showtell.errors import MissingFileError, UserError
 from showtell.files import require_regular_file
+from showtell.shards import Sample, read_shard
 from showtell.transforms import (
     IMAGE_SUFFIXES,
     BrokenImageError,
@@ -57,12 +58,11 @@ class ImageSource:
     preview: bytes | None = None  # a JPEG of at most 1,024 pixels
     sha256: str = ""  # of the bytes that were read last
     n_frames: int = 1  # 0 where a frame after the first is damaged
+    sample: Sample | None = None  # where the image is in a tar
 
     def __call__(self) -> bytes:
         """Read the image; raises as `fetch` or `showtell.transforms.read_bytes` does."""
-        data = self.data
-        if data is None:
-            data = fetch(self.name, self.allow_private) if is_link(self.name) else read_bytes(self.name)[1]
+        data = fetch(self.name, self.allow_private) if is_link(self.name) else self._read()
         self.sha256 = hashlib.sha256(data).hexdigest()
         if data[:4] in (b"GIF8", b"RIFF", b"II*\0", b"MM\0*"):  # the formats of animations and pages
             try:
@@ -77,15 +77,22 @@ class ImageSource:
                 self.preview = file.getvalue()
         return data
 
+    def _read(self) -> bytes:
+        if self.sample:
+            return self.sample()
+        return read_bytes(self.name)[1] if self.data is None else self.data
+
     @property
     def image(self) -> str | bytes | None:
         """What to open for a page or attention maps; None for a link that was not read or not kept."""
-        return self.preview if is_link(self.name) else self.data or self.name
+        if is_link(self.name):
+            return self.preview
+        return self._read() if self.sample else self.data or self.name
 
     def digest(self) -> str:
         """Return the SHA-256 of a file as it is now; empty for links, and for files that cannot be read."""
         try:
-            return "" if is_link(self.name) else hashlib.sha256(self.data or read_bytes(self.name)[1]).hexdigest()
+            return "" if is_link(self.name) else hashlib.sha256(self._read()).hexdigest()
         except UserError:
             return ""
 
@@ -132,8 +139,8 @@ def _images(paths: Iterable[Path]) -> list[Path]:
 def find_sources(arguments: Iterable[str], allow_private: bool = False, keep: bool = False) -> list[ImageSource]:
     """List the images that the arguments of the command line name, each once; see `find_images`.
 
-    An argument is also a link, `http://…` or `https://…`, or `-`, standard input: an image, or a list of arguments, one
-    a line. Links are not opened yet; `keep` is that of their `ImageSource`.
+    An argument is also a tar of images, see `showtell.shards`; a link, `http://…` or `https://…`; or `-`, standard
+    input: an image, or a list of arguments, one a line. Links are not opened yet; `keep` is that of `ImageSource`.
     """
     found: dict[str, ImageSource] = {}
     for argument in arguments:
@@ -148,6 +155,10 @@ def find_sources(arguments: Iterable[str], allow_private: bool = False, keep: bo
                 sources = [ImageSource(STDIN, data=data)]
         elif is_link(argument):
             sources = [ImageSource(argument, allow_private, keep)]
+        elif argument.lower().endswith(".tar"):
+            shards = sorted(glob.glob(argument)) or [argument]
+            samples = (sample for shard in shards for sample in read_shard(shard))
+            sources = [ImageSource(sample.name, sample=sample) for sample in samples]
         else:
             sources = [ImageSource(str(path)) for path in find_images([argument])]
         for source in sources:

@@ -52,7 +52,7 @@ def test_sets_are_joined_in_their_order(coco, tmp_path):
         load("coco,coco", f"{coco},{coco}")
     with pytest.raises(UserError, match=r"2 data sets \(coco,folder\) were given with 1 folders .*a folder for each"):
         load("coco,folder", coco)
-    with pytest.raises(UserError, match="the data set synthetic is drawn and has no files to join with others"):
+    with pytest.raises(UserError, match="the data set synthetic has no files to join with others"):
         load("coco,synthetic", f"{coco},")
 
 
@@ -243,7 +243,7 @@ def test_a_registered_reader_is_a_data_set(monkeypatch, tmp_path, coco):
         load("names", tmp_path / "n", lower=True)
     with pytest.raises(UserError, match=r"no data set 'name'; choose one of coco, .*, synthetic, names, grey"):
         load("name")
-    with pytest.raises(UserError, match="the data set grey is drawn and has no files to join"):
+    with pytest.raises(UserError, match="the data set grey has no files to join"):
         load("coco,grey", f"{coco},")
 
 
