@@ -263,6 +263,16 @@ def _check_outputs(files: Sequence[str | None], folder: str | None = None) -> No
             raise UserError(f"{existing} is not a folder that can be written to; choose another path")
 
 
+def _bulk(args: argparse.Namespace) -> int:
+    from showtell.bulk import caption_archive
+
+    _check_outputs([], args.out)
+    names = "out model address workers batch_size column allow_private".split()
+    n_before, n_new, n_errors = caption_archive(args.sources, **{name: getattr(args, name) for name in names})
+    _say(f"{n_new} images captioned in {args.out}, after {n_before} before; {n_errors} of them could not be read")
+    return 1 if n_errors else 0
+
+
 def _shard(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
@@ -359,6 +369,7 @@ COMMANDS = {
     "calibrate": _calibrate,
     "score": _score,
     "caption": _caption,
+    "bulk": _bulk,
     "shard": _shard,
     "app": _app,
     "export": _export,

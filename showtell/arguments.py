@@ -95,6 +95,19 @@ def build_parser(commands: Mapping[str, Callable[[argparse.Namespace], int]]) ->
     caption = add("caption", "caption images: files, folders, patterns, web links, standard input")
     _add_caption(caption)
 
+    bulk = add("bulk", "caption an archive with Ray, on one machine or a cluster; continues what was stopped")
+    bulk.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="images, folders and patterns, as of caption; tar shards; Parquet or csv tables of paths or links",
+    )  # fmt: skip
+    bulk.add_argument("--out", required=True, metavar="DIR", help="folder of the Parquet files")
+    bulk.add_argument("--model", metavar="M", help="as of caption (default: the released model)")
+    bulk.add_argument("--address", metavar="HOST:PORT", help="Ray cluster (default: Ray is started on this machine)")
+    bulk.add_argument("--workers", type=_count, metavar="N", help="actors (default: one per GPU, or per processor)")
+    bulk.add_argument("--batch-size", type=_count, default=32, metavar="N", help="images an actor captions at once")
+    bulk.add_argument("--column", default="image", metavar="NAME", help="of paths or links in a table (default image)")
+    bulk.add_argument("--allow-private", action="store_true", help="follow links into the local network, too")
+
     shard = add("shard", "write images, or a data set, as WebDataset shards; continues what was stopped")
     shard.add_argument("sources", nargs="*", metavar="SOURCE", help="images, as of caption; or leave out and give:")
     _add_data(shard, None)

@@ -151,6 +151,8 @@ def _open(path: Path) -> InferenceSession:
         raise UserError('the engine onnx needs ONNX Runtime; type pip install "showtell[onnx]"') from None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    if (threads := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():  # as for torch; Ray sets it for its actors
+        options.intra_op_num_threads = int(threads)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it slows down busy machines
     options.log_severity_level = 3
     try:

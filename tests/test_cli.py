@@ -37,7 +37,7 @@ from showtell.transforms import IMAGENET, BrokenImageError, frames, read_image
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-COMMANDS = ("demo", "train", "evaluate", "calibrate", "score", "caption", "shard", "app", "export", "push")
+COMMANDS = ("demo", "train", "evaluate", "calibrate", "score", "caption", "bulk", "shard", "app", "export", "push")
 COMMANDS += ("import-legacy",)
 TINY = ["--encoder", "tiny", "--set", "resize=32", "squash=true", "hidden_size=16", "embed_size=16", "warmup=2"]
 TINY += ["threshold=1", "dropout=0"]
