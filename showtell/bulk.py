@@ -182,6 +182,7 @@ def _import_ray(address: str | None):
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report its use to its makers
     if not address:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on any system: listen on loopback only
+        os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15, actors starve on a machine that is in use
     try:
         import pyarrow  # noqa: F401
         import ray.data
@@ -199,7 +200,7 @@ def _cluster(ray, address: str | None, workers: int | None) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"Ray cannot be started or reached ({reason}); check --address") from error
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     try:
