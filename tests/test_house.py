@@ -189,7 +189,7 @@ def test_every_module_imports_without_the_optional_packages():
     """The core runs with torch, torchvision, numpy, Pillow, safetensors and tqdm."""
     optional = (
         "nltk pycocotools pycocoevalcap matplotlib jinja2 jupyter IPython skimage tensorboard timm onnx onnxruntime"
-        " huggingface_hub wandb yaml tomli pytest"
+        " huggingface_hub wandb yaml tomli pytest ray pyarrow webdataset"
     ).split()
     code = f"""
 import importlib, sys
