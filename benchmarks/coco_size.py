@@ -51,17 +51,17 @@ def main(folder: Path, n_steps: int, size_name: str) -> None:
         """Return the milliseconds per 1,000 words, because batches have captions of different lengths."""
         seconds, words = 0.0, 0
         batches = iter(loader)
-        trainer._train_step(*next(batches))
+        trainer._train_step([next(batches)])
         for _ in range(n_steps):
             begun = time.perf_counter()
             images, captions = next(batches)
-            trainer._train_step(images, captions)
+            trainer._train_step([(images, captions)])
             seconds += time.perf_counter() - begun
             words += captions[:, 1:].numel()
         return 1e6 * seconds / words
 
     trainer.model.train()
-    trainer._train_step(*next(iter(trainer.loader)))
+    trainer._train_step([next(iter(trainer.loader))])
     first = time.perf_counter() - STARTED
     few = CaptionDataset(
         trainer.train_set.subset(size.flickr_images), trainer.vocab, trainer.transform, "train", trainer.recipe.group

@@ -121,7 +121,7 @@ class Training:
         n, started = 0, time.perf_counter()
         for _ in range(self.n_steps):
             images, texts = self.next()
-            self.trainer._train_step(images, texts)
+            self.trainer._train_step([(images, texts)])
             n += int((texts[..., 0] >= 0).sum())
         return n / (time.perf_counter() - started)
 
@@ -130,7 +130,7 @@ class Training:
         """The floating-point operations of the matrix products of a caption, forward and backward."""
         with FlopCounterMode(display=False) as counter, torch.backends.mkldnn.flags(enabled=False):
             images, texts = self.next()
-            self.trainer._train_step(images, texts)
+            self.trainer._train_step([(images, texts)])
         return counter.get_total_flops() / int((texts[..., 0] >= 0).sum())
 
 
