@@ -115,6 +115,17 @@ def chromium() -> str:
     pytest.skip("no chromium on the path")
 
 
+@pytest.fixture(scope="module")
+def browser(chromium):
+    """Chromium, open for the tests of a file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
 FIXTURE_MARKS = {"shared_data": "realdata", "flickr8k": "realdata", "weights": "realdata", "chromium": "browser"}
 
 

@@ -10,7 +10,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
-class FileServer:
+class LocalServer:
+    """A server on a free port of this machine, while it is open; `handler` answers, `root` is its address."""
+
+    def __enter__(self):
+        class Handler(self.handler()):
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.root = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """The class that answers requests."""
+        raise NotImplementedError
+
+
+class FileServer(LocalServer):
     """Serves `files` (path -> bytes or a file) while it is open; what it was asked for is in `requests`."""
 
     def __init__(self, **files: bytes | Path) -> None:
@@ -23,26 +47,18 @@ class FileServer:
         self.pause_s = 0.0  # before it answers
         self.requests: list[tuple[str, str | None]] = []  # (path, Range header or None), in order
 
-    def __enter__(self) -> FileServer:
+    def handler(self) -> type[BaseHTTPRequestHandler]:
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 owner.answer(self)
 
-            def log_message(self, *args: object) -> None:
-                pass
+        return Handler
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    @property
+    def url(self) -> str:
+        return f"{self.root}/"
 
     def asked_for(self, path: str) -> list[str | None]:
         """The Range headers of the requests for `path`."""

@@ -7,13 +7,14 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from file_server import LocalServer
 
 TOKEN = "hf_writer"
 
 
-class HubServer:
+class HubServer(LocalServer):
     """Serves while it is open; `repos` maps `org/name` to its privacy, branches and commits."""
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class HubServer:
         self.requests: list[str] = []  # "METHOD path", in order
         self.breaks: list[int] = []  # after how many bytes each of the next downloads breaks
 
-    def __enter__(self) -> HubServer:
+    def handler(self) -> type[BaseHTTPRequestHandler]:
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,20 +41,11 @@ class HubServer:
 
             do_GET = do_HEAD = do_POST = do_PUT = handle_any
 
-            def log_message(self, *args: object) -> None:
-                pass
+        return Handler
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+    @property
+    def url(self) -> str:
+        return self.root
 
     def add(self, repo: str, private: bool = False, **files: bytes) -> str:
         """Create a repository, with a commit of files (`README__md=…` is README.md); return the hash of the commit."""

@@ -100,16 +100,6 @@ def post(server: Server, data: bytes, query: str = "") -> tuple[int, list | dict
         return error.code, json.load(error)
 
 
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser, server):
     """Open the page; check that nothing was requested elsewhere, and that no error was logged."""

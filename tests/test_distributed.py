@@ -15,7 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import PLAIN, RESNET, SMALL, drawn, log_of, losses, resumed, timeless, trainer_in
+from test_train import (
+    PLAIN,
+    RESNET,
+    SMALL,
+    before_each_step,
+    drawn,
+    log_of,
+    losses,
+    resumed,
+    signal_at,
+    timeless,
+    trainer_in,
+)
 
 from showtell import datasets, distributed, train
 from showtell.__main__ import main
@@ -216,14 +228,7 @@ def test_a_killed_process_ends_the_run_and_it_is_resumed_by_one_and_by_two(confi
     torch.manual_seed(999)
     one = Trainer.resume(out, drawn(), drawn(5, "val"))
     assert (one.epoch, one.step, one.batches, one.accumulate) == (0, 2, 4, 2)
-    take_step = one._train_step
-
-    def step(*batches):
-        if one.epoch == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return take_step(*batches)
-
-    one._train_step = step
+    before_each_step(one, lambda _: signal.raise_signal(signal.SIGTERM) if one.epoch == 1 else None)
     with pytest.raises(Stopped, match="epoch 2 after step 1"):
         one.fit(progress=False)
     done = torchrun("train", str(out), "--resume")
@@ -251,14 +256,7 @@ def test_a_process_that_does_not_answer_ends_the_run_after_the_timeout(config, t
 def test_a_run_of_one_process_goes_on_with_another_batch(tmp_path, monkeypatch):
     """Of 1 batch per step, two processes take 2: at the same place of the sample order and the schedule."""
     trainer = trainer_in(tmp_path, SMALL)
-    take_step = trainer._train_step
-
-    def step(*batches):
-        if trainer.step == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return take_step(*batches)
-
-    trainer._train_step = step
+    signal_at(trainer, signal.SIGTERM, 3)
     with pytest.raises(Stopped):
         trainer.fit(progress=False)
     for rank in (0, 1):

@@ -458,16 +458,6 @@ def test_curve_png(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["empty.png", "one.png", "two.png"]
 
 
-@pytest.fixture(scope="module")
-def browser(chromium):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(browser, tmp_path):
     """Open sections as a page from a file; check that no error was logged and nothing but the file was requested."""
